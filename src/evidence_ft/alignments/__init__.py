@@ -1,0 +1,1 @@
+"""Evidence losses: each file exports ``loss(heatmaps, masks)``, ``(B,)`` with NaN where nothing is annotated."""

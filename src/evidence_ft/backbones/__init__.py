@@ -1,0 +1,1 @@
+"""Backbones: each file exports ``load(checkpoint)``, a `DualEncoder`. The only modules that know model libraries."""
