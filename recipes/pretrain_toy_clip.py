@@ -49,7 +49,7 @@ class Config:
     """passes over the images; captions are drawn anew in each"""
     batch_size: int = 128
     """images, and captions, in a contrastive batch"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """peak of the warm-up and cosine schedule"""
     seed: int = 20_241_217
     """of images, captions and weights; images of `shapes` come from other seeds"""
@@ -93,7 +93,13 @@ def main(config: Config) -> None:
     tokenizer.save_pretrained(config.output)
     model_config = {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": shapes.SIZE, "patch_size": 8, "width": 96, "head_width": 24, "layers": 4},
+        "vision_cfg": {
+            "image_size": shapes.SIZE,
+            "patch_size": 8,
+            "width": 96,
+            "head_width": 24,
+            "layers": 4,
+        },
         "text_cfg": {
             "context_length": CONTEXT_LENGTH,
             "vocab_size": len(tokenizer),
@@ -103,7 +109,12 @@ def main(config: Config) -> None:
             "hf_tokenizer_name": "toy_clip",
         },
     }
-    preprocessing = {"mean": MEAN_AND_STD, "std": MEAN_AND_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocessing = {
+        "mean": MEAN_AND_STD,
+        "std": MEAN_AND_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     layout = {"model_cfg": model_config, "preprocess_cfg": preprocessing}
     (config.output / "open_clip_config.json").write_text(json.dumps(layout, indent=1) + "\n")
 

@@ -59,9 +59,7 @@ def test_quadrants_and_rates_by_hand():
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 1.0])
 def test_rationality_matches_its_definition(threshold):
     correct, rma, _ = a_test_set(200)
-    assert metrics.rationality(correct, rma, threshold)._asdict() == rationality_by_definition(
-        correct, rma, threshold
-    )
+    assert metrics.rationality(correct, rma, threshold)._asdict() == rationality_by_definition(correct, rma, threshold)
 
 
 def test_exactly_half_is_valid():
@@ -237,9 +235,7 @@ def test_the_interval_of_a_pt_difference_agrees_with_scipy():
     ).confidence_interval
     # Two independent sets of 10,000 draws: their percentiles differ by a few per cent of the width.
     tolerance = 0.05 * (theirs.high - theirs.low)
-    assert ours.estimate == pytest.approx(
-        float(pt_difference(correct_a, rma_a >= 0.5, correct_b, rma_b >= 0.5))
-    )
+    assert ours.estimate == pytest.approx(float(pt_difference(correct_a, rma_a >= 0.5, correct_b, rma_b >= 0.5)))
     assert ours.low == pytest.approx(theirs.low, abs=tolerance)
     assert ours.high == pytest.approx(theirs.high, abs=tolerance)
 
@@ -309,9 +305,7 @@ def test_models_must_have_the_same_rates():
         metrics.paired_bootstrap({"PT": rate}, {"IR": rate})
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"), [({"level": 95}, "level = 95"), ({"replicates": 0}, "1 or more")]
-)
+@pytest.mark.parametrize(("setting", "message"), [({"level": 95}, "level = 95"), ({"replicates": 0}, "1 or more")])
 def test_settings_out_of_range_are_refused(setting, message):
     rate = RatioStatistic(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=message):

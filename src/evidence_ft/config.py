@@ -1,8 +1,9 @@
 """What an experiment can be told, read strictly from YAML and dotted flags.
 
-Data sets and methods bring their own `Config`; which one applies is decided by ``data.format`` and ``method.name``,
-the name of a file in ``datasets`` and ``methods`` or the dotted path of a module elsewhere. Everything is checked before
-anything is loaded: an unknown key, a wrong type or a bad choice is one error that names the dotted key.
+Data sets and methods bring their own `Config`; which one applies is decided by ``data.format`` and
+``method.name``: the name of a file in ``datasets`` and ``methods``, or the dotted path of a module elsewhere. Everything
+is checked before anything is loaded: an unknown key, a wrong type or a bad choice is one error that names the dotted
+key.
 """
 
 import argparse
@@ -51,7 +52,8 @@ class ModelConfig(_Section):
 
     backbone: str = Field("open_clip", description="file in evidence_ft/backbones, or a dotted module path")
     checkpoint: str = Field(
-        "toy_clip", description="toy_clip, hf-hub:<owner>/<name>, local-dir:<folder>, or <architecture>/<tag or file>"
+        "toy_clip",
+        description="toy_clip, hf-hub:<owner>/<name>, local-dir:<folder>, or <architecture>/<tag or file>",
     )
 
 
@@ -166,8 +168,8 @@ def parse_command_line(
 ) -> ExperimentConfig[Any, Any]:
     """YAML plus dotted flags: ``--config my.yaml --evidence.weight 0``.
 
-    ``--print-config`` prints the resolved configuration and exits; ``--help`` lists every flag of the chosen data format
-    and method.
+    ``--print-config`` prints the resolved configuration and exits; ``--help`` lists every flag of the chosen data
+    format and method.
 
     Args:
         default: configuration without ``--config``.
@@ -201,10 +203,12 @@ def _parse_command_line(default: Path, description: str, arguments: Sequence[str
     kind = _config_class(tree, source)
     defaults = _with_blanks(kind, tree, replaced, source) if replaced else parse(tree, source)
 
+    fields: Any = kind  # known at run time only
+
     class Command(BaseModel):
         config: Annotated[Path, Field(description="YAML file; flags win over it")] = first.config
         print_config: Annotated[bool, Field(description="print the resolved configuration and exit")] = False
-        experiment: Annotated[kind, tyro.conf.arg(name="")] = defaults  # type: ignore[valid-type]  # known at run time
+        experiment: Annotated[fields, tyro.conf.arg(name="")] = defaults
 
     command, unknown = tyro.cli(
         Command,
@@ -215,8 +219,13 @@ def _parse_command_line(default: Path, description: str, arguments: Sequence[str
     )
     if unknown:
         flags = {f"--{key}".replace("_", "-") for key in ("config", "print_config", *_keys(kind))}
-        raise ConfigError("\n".join(_unknown(argument, sorted(flags), "command line") for argument in unknown if argument.startswith("-")))
-    config = parse(command.experiment.model_dump(), "command line")
+        raise ConfigError(
+            "\n".join(
+                _unknown(argument, sorted(flags), "command line") for argument in unknown if argument.startswith("-")
+            )
+        )
+    chosen: BaseModel = command.experiment
+    config = parse(chosen.model_dump(), "command line")
     if command.print_config:
         sys.stdout.write(dump(config))
         raise SystemExit(0)
@@ -249,7 +258,8 @@ def _kind_of(tree: dict[str, Any], section: str, source: str) -> str:
 
 def _config_class(tree: dict[str, Any], source: str) -> type[ExperimentConfig[Any, Any]]:
     """The configuration whose ``data`` and ``method`` have the fields of the named kinds."""
-    classes = []
+    kind: Any = ExperimentConfig
+    classes: list[type[BaseModel]] = []
     for section, kinds in _SECTIONS.items():
         name = _kind_of(tree, section, source)
         tree[section] = {**(tree.get(section) or {}), kinds.key: name}
@@ -257,7 +267,8 @@ def _config_class(tree: dict[str, Any], source: str) -> type[ExperimentConfig[An
             classes.append(component(kinds.family, name).Config)
         except ConfigError as error:
             raise ConfigError(f"{source}: {section}.{kinds.key}: {error}") from error
-    return ExperimentConfig[classes[0], classes[1]]  # type: ignore[misc]  # chosen at run time
+    chosen: type[ExperimentConfig[Any, Any]] = kind[tuple(classes)]
+    return chosen
 
 
 def _with_blanks(
@@ -289,7 +300,8 @@ def _complaints(error: ValidationError, kind: type[BaseModel], source: str) -> I
         elif detail["type"] == "missing":
             yield f"{source}: {key} is missing; it has no default"
         else:
-            yield f"{source}: {key} = {found!r} ({type(found).__name__}): {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+            message = detail["msg"][:1].lower() + detail["msg"][1:]
+            yield f"{source}: {key} = {found!r} ({type(found).__name__}): {message}"
 
 
 def _unknown(key: str, known: Sequence[str], source: str) -> str:

@@ -28,7 +28,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return gather(local)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         rows: int = ctx.rows  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ def gather_with_grad(local: Tensor) -> Tensor:
     """
     if num_processes() == 1:
         return local
-    gathered: Tensor = _GatherWithGradient.apply(local)  # type: ignore[no-untyped-call]  # untyped in torch
+    gathered: Tensor = _GatherWithGradient.apply(local)
     return gathered
 
 

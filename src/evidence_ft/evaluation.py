@@ -43,6 +43,7 @@ def evaluate(
     batch_size: int = 64,
     swap_seed: int = 0,
     split: str = "test",
+    description: str = "evaluating",
 ) -> Outcomes:
     """Predict, explain and judge every image, then predict those with a mask again on another background.
 
@@ -55,7 +56,8 @@ def evaluate(
         explain: explain the score of the true class, as Wang et al. do, or of the predicted one.
         batch_size: images per process.
         swap_seed: decides which background goes to which object.
-        split: named in the table and on the progress bar.
+        split: named in the table.
+        description: of the progress bar.
     """
     device = accelerator.device
     classifier.tower.eval().to(device)
@@ -82,14 +84,18 @@ def evaluate(
     def predict(batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.rows, classifier.head(classifier.tower(batch.images)).argmax(dim=-1)
 
-    judged = _PerImage(*_over(inputs, judge, accelerator, batch_size, f"{split}"))
+    judged = _PerImage(*_over(inputs, judge, accelerator, batch_size, description))
     order = _each_once(judged.rows, len(inputs))
     dataset = inputs.dataset
     swapped_prediction: list[int | None] = [None] * len(dataset)
-    swapped = SwappedBackgrounds(dataset, swap_seed)
+    swapped = SwappedBackgrounds(dataset, seed=swap_seed)
     if len(swapped):
         rows, predictions = _over(
-            ModelInputs(swapped, inputs.transform, seed=0), predict, accelerator, batch_size, f"{split}, swapped"
+            ModelInputs(swapped, inputs.transform, seed=0),
+            predict,
+            accelerator,
+            batch_size,
+            f"{description}, swapped",
         )
         for position, prediction in zip(rows.tolist(), predictions.tolist(), strict=True):
             swapped_prediction[swapped.rows[position]] = prediction
@@ -148,7 +154,12 @@ class Panel(NamedTuple):
 
 @torch.no_grad()
 def explain_panel(
-    classifier: Classifier, inputs: ModelInputs, heatmap: Heatmap, rows: Sequence[int], *, layers: Layers = "all"
+    classifier: Classifier,
+    inputs: ModelInputs,
+    heatmap: Heatmap,
+    rows: Sequence[int],
+    *,
+    layers: Layers = "all",
 ) -> Panel:
     """Heatmaps of the true class for a few images, on this process alone.
 

@@ -224,9 +224,7 @@ def ratio_statistics(
     _check_threshold(threshold)
     swapped = torch.full((len(correct),), torch.nan) if swapped_correct is None else swapped_correct
     if swapped.shape != correct.shape:
-        raise ValueError(
-            f"swapped_correct of shape {tuple(swapped.shape)} does not match {len(correct)} predictions"
-        )
+        raise ValueError(f"swapped_correct of shape {tuple(swapped.shape)} does not match {len(correct)} predictions")
     annotated, valid = ~rma.isnan(), rma >= threshold
     return {
         "accuracy": RatioStatistic(correct, torch.ones_like(correct)),
@@ -263,8 +261,7 @@ def bootstrap(
     """
     drawn = replicate(statistics, replicates=replicates, seed=seed)
     return {
-        name: percentile_interval(statistic.value, drawn[name], level=level)
-        for name, statistic in statistics.items()
+        name: percentile_interval(statistic.value, drawn[name], level=level) for name, statistic in statistics.items()
     }
 
 
@@ -354,10 +351,7 @@ def replicate(
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, _ELEMENTS_IN_A_CHUNK // n)
     sums = torch.cat(
-        [
-            _times_drawn(min(rows, replicates - start), n, generator) @ per_image
-            for start in range(0, replicates, rows)
-        ]
+        [_times_drawn(min(rows, replicates - start), n, generator) @ per_image for start in range(0, replicates, rows)]
     )
     numerators, denominators = sums[:, 0::2], sums[:, 1::2]
     rates = torch.where(denominators > 0, numerators / denominators, torch.nan)
@@ -387,9 +381,7 @@ def percentile_interval(estimate: float, drawn: Tensor, *, level: float = 0.95) 
     if 2 * undefined > len(drawn):
         return Interval(estimate, math.nan, math.nan, undefined)
     tail = (1 - level) / 2
-    low, high = torch.nanquantile(
-        drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    ).tolist()
+    low, high = torch.nanquantile(drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(estimate, low, high, undefined)
 
 
@@ -423,6 +415,5 @@ def _check_rma(rma: Tensor, n: int, *, name: str = "rma") -> None:
 def _check_threshold(threshold: float) -> None:
     if not 0 < threshold <= 1:
         raise ValueError(
-            f"threshold = {threshold}, expected above 0 and at most 1; an empty heatmap has RMA 0 and is "
-            "never valid"
+            f"threshold = {threshold}, expected above 0 and at most 1; an empty heatmap has RMA 0 and is never valid"
         )

@@ -59,7 +59,7 @@ OUTCOMES_SCHEMA = pa.schema(
         pa.field("swapped_prediction", pa.int32(), nullable=True),
     ]
 )
-"""Columns of an outcomes table. NaN is a value: no evidence. Null stands only where no swapped image exists."""
+"""Columns of an outcomes table. NaN is a value (no evidence); null means that no swapped image exists."""
 
 _PACKAGES = (
     "evidence-ft",
@@ -305,7 +305,8 @@ class Outcomes:
                 f"sample ids do not match: not in these outcomes: {named(unknown)}; only in these outcomes: "
                 f"{named(missing)}"
             )
-        return type(self)(self.table.take([row_of[sample_id] for sample_id in sample_ids]))
+        rows = pa.array([row_of[sample_id] for sample_id in sample_ids], pa.int64())
+        return type(self)(self.table.take(rows))
 
     def _listed(self, column: str) -> list[Any]:
         return list(self.table.column(column).to_pylist())
@@ -320,8 +321,8 @@ def summarise(outcomes: Outcomes, threshold: float = VALID_FROM) -> dict[str, in
     Example:
         >>> outcomes = Outcomes.from_columns(
         ...     sample_id=["a", "b"], label=[0, 1], prediction=[0, 1], confidence=[1.0, 1.0],
-        ...     rma=[0.75, 0.25], mask_share=[0.5, 0.25], heatmap_mass=[1.0, 1.0], mask_source=["mask", "box"],
-        ...     class_names=["cat", "dog"], split="test",
+        ...     rma=[0.75, 0.25], mask_share=[0.5, 0.25], heatmap_mass=[1.0, 1.0],
+        ...     mask_source=["mask", "box"], class_names=["cat", "dog"], split="test",
         ... )
         >>> summary = summarise(outcomes)
         >>> summary["accuracy"], summary["PT"], summary["mean_RMA"], summary["uniform_PT"]
@@ -384,9 +385,7 @@ class StoredFile(_Record):
     def _stays_inside(cls, file: str) -> str:
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or "\\" in file:
-            raise ValueError(
-                f"{file!r} leaves the arm's directory, expected a path such as 'outcomes/test.parquet'"
-            )
+            raise ValueError(f"{file!r} leaves the arm's directory, expected a path such as 'outcomes/test.parquet'")
         return file
 
     @classmethod
@@ -444,8 +443,8 @@ class RunRecord(_Record):
             raise RunFileError(f"{path} is not JSON: {error}") from error
         if isinstance(tree, dict) and tree.get("format_version") != FORMAT_VERSION:
             raise RunFileError(
-                f"{path} has format_version {tree.get('format_version')!r}, expected {FORMAT_VERSION}; read it "
-                "with the version of evidence-ft that wrote it"
+                f"{path} has format_version {tree.get('format_version')!r}, expected {FORMAT_VERSION}; read "
+                "it with the version of evidence-ft that wrote it"
             )
         try:
             return cls.model_validate(tree)
@@ -460,15 +459,11 @@ class RunRecord(_Record):
             RunFileError: no such split or file, or the file has changed.
         """
         if split not in self.outcomes:
-            raise RunFileError(
-                f"{directory / RECORD_FILE} has no outcomes of {split!r}; it has {named(self.outcomes)}"
-            )
+            raise RunFileError(f"{directory / RECORD_FILE} has no outcomes of {split!r}; it has {named(self.outcomes)}")
         stored = self.outcomes[split]
         path = directory / stored.file
         if path.exists() and sha256_of(path) != stored.sha256:
-            raise RunFileError(
-                f"outcomes {path} have changed since {RECORD_FILE} was written; evaluate the arm again"
-            )
+            raise RunFileError(f"outcomes {path} have changed since {RECORD_FILE} was written; evaluate the arm again")
         outcomes = Outcomes.read(path)
         if outcomes.split != split:
             raise RunFileError(f"outcomes {path} are of split {outcomes.split!r}, expected {split!r}")
@@ -538,9 +533,7 @@ def read_steps(path: Path) -> list[dict[str, float]]:
             step = {key: math.nan if value is None else float(value) for key, value in values.items()}
             steps[int(step["step"])] = step
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise RunFileError(
-                f"metrics {path}, line {number}: not a step with numbers: {line[:80]!r}"
-            ) from error
+            raise RunFileError(f"metrics {path}, line {number}: not a step with numbers: {line[:80]!r}") from error
     return [steps[step] for step in sorted(steps)]
 
 
@@ -644,9 +637,7 @@ def _check_outcomes(table: pa.Table) -> None:
         if key not in described:
             raise ValueError(f"no {key.decode()} in the metadata, expected a table written by Outcomes.write")
     if described[b"format_version"] != str(FORMAT_VERSION).encode():
-        raise ValueError(
-            f"format_version is {described[b'format_version'].decode()}, expected {FORMAT_VERSION}"
-        )
+        raise ValueError(f"format_version is {described[b'format_version'].decode()}, expected {FORMAT_VERSION}")
     if table.column_names != OUTCOMES_SCHEMA.names:
         raise ValueError(f"columns are {table.column_names}, expected {OUTCOMES_SCHEMA.names}")
     for field in OUTCOMES_SCHEMA:
@@ -675,9 +666,7 @@ def _is_share(value: float) -> bool:
     return -_ROUNDING <= value <= 1 + _ROUNDING
 
 
-def _check_each(
-    ids: list[str], columns: dict[str, list[Any]], name: str, is_valid: Any, expected: str
-) -> None:
+def _check_each(ids: list[str], columns: dict[str, list[Any]], name: str, is_valid: Any, expected: str) -> None:
     for sample_id, value in zip(ids, columns[name], strict=True):
         if not is_valid(value):
             raise ValueError(f"column {name} is {value} for {sample_id!r}, expected {expected}")
@@ -691,9 +680,7 @@ def _check_agreement(columns: dict[str, list[Any]]) -> None:
         if math.isnan(rma) != math.isnan(share):
             raise ValueError(f"columns rma and mask_share disagree on whether {sample_id!r} has evidence")
         if source == "none" and not math.isnan(rma):
-            raise ValueError(
-                f"column rma is {rma:g} for {sample_id!r}, expected NaN: its mask_source is none"
-            )
+            raise ValueError(f"column rma is {rma:g} for {sample_id!r}, expected NaN: its mask_source is none")
         if mass == 0 and rma > 0:
             raise ValueError(f"column rma is {rma:g} for {sample_id!r}, expected 0: its heatmap_mass is 0")
 
@@ -708,13 +695,11 @@ def _check_gallery(gallery: Gallery) -> None:
             )
     sizes = {name: len(tensor) for name, tensor in gallery._asdict().items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"images, masks, heatmaps and rows belong together, but their numbers differ: {sizes}"
-        )
+        raise ValueError(f"images, masks, heatmaps and rows belong together, but their numbers differ: {sizes}")
     if gallery.images.shape[:3] != gallery.masks.shape or gallery.images.shape[3] != 3:
         raise ValueError(
-            f"images of shape {tuple(gallery.images.shape)} and masks of shape {tuple(gallery.masks.shape)} do "
-            "not match, expected (G, Hpx, Wpx, 3) and (G, Hpx, Wpx)"
+            f"images of shape {tuple(gallery.images.shape)} and masks of shape {tuple(gallery.masks.shape)} "
+            "do not match, expected (G, Hpx, Wpx, 3) and (G, Hpx, Wpx)"
         )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -324,7 +324,7 @@ def fill_box(box: Box, *, image_width: int, image_height: int) -> MaskArray:
 
 def choose_classes(
     declared: Sequence[str],
-    used: Sequence[str],
+    used: Mapping[str, str],
     *,
     classes: Sequence[str] | None,
     leave_out: Sequence[str],
@@ -334,7 +334,7 @@ def choose_classes(
 
     Args:
         declared: names the file knows, in their natural order.
-        used: names that label an image.
+        used: names that label an image, with the first place where each does.
         classes: names the user wants, in their order; None for all declared ones.
         leave_out: names the user does without.
         where: file that opens the message.
@@ -344,7 +344,7 @@ def choose_classes(
 
     Example:
         >>> names = ["cat", "dog", "emu"]
-        >>> choose_classes(names, names, classes=None, leave_out=["dog"], where="labels.csv")
+        >>> choose_classes(names, {"cat": "line 2"}, classes=None, leave_out=["dog"], where="labels.csv")
         ('cat', 'emu')
     """
     for name in leave_out:
@@ -354,10 +354,10 @@ def choose_classes(
                 f"{_listed(declared)}{_suggestion(name, declared)}; correct or remove the name"
             )
     if classes is not None:
-        outside = [name for name in dict.fromkeys(used) if name not in classes and name not in leave_out]
+        outside = [name for name in used if name not in classes and name not in leave_out]
         if outside:
             raise DataError(
-                f"{where}: found label {outside[0]!r}{_and_more(len(outside))}; expected one of "
+                f"{used[outside[0]]}: found label {outside[0]!r}{_and_more(len(outside))}; expected one of "
                 f"data.classes: {_listed(classes)}{_suggestion(outside[0], classes)}; add it to "
                 "data.classes, or to data.leave_out to do without its images"
             )
@@ -417,7 +417,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _and_more(count: int) -> str:
-    return f" (and {count - 1} other names outside)" if count > 1 else ""
+    return f" (and {count - 1} more such labels)" if count > 1 else ""
 
 
 class Subset:
@@ -570,8 +570,7 @@ def _check_rows(dataset: EvidenceDataset) -> None:
     for name, length in lengths.items():
         if length != len(dataset):
             raise DataError(
-                f"data set of {len(dataset)} rows: found {length} {name}; expected one per row; correct its "
-                f"{name}"
+                f"data set of {len(dataset)} rows: found {length} {name}; expected one per row; correct its {name}"
             )
     if len(dataset) == 0:
         raise DataError("the data set has no samples; expected at least one; check its split and its filters")
@@ -582,8 +581,7 @@ def _check_rows(dataset: EvidenceDataset) -> None:
         )
     if twice := [name for name, n in Counter(dataset.class_names).items() if n > 1]:
         raise DataError(
-            f"found class names more than once: {_listed(twice)}; expected each once; rename or merge the "
-            "classes"
+            f"found class names more than once: {_listed(twice)}; expected each once; rename or merge the classes"
         )
     for sample_id, label in zip(dataset.sample_ids, dataset.labels, strict=True):
         if not 0 <= label < len(dataset.class_names):
@@ -656,8 +654,7 @@ class Augmentation(BaseModel):
         smallest, largest = self.crop_scale
         if not 0 < smallest <= largest <= 1:
             raise ValueError(
-                f"crop_scale is {self.crop_scale}; expected two shares of the area with "
-                "0 < smallest <= largest <= 1"
+                f"crop_scale is {self.crop_scale}; expected two shares of the area with 0 < smallest <= largest <= 1"
             )
         return self
 
@@ -686,27 +683,48 @@ class SampleTransform:
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation | None = None) -> None:
         self.preprocessing = preprocessing
         self.augmentation = augmentation
-        self._vary = None if augmentation is None else _augment(preprocessing, augmentation)
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         width, height = sample.image.size
         mask = np.full((height, width), BACKGROUND, dtype=np.uint8) if sample.mask is None else sample.mask
-        # As a plain tensor the mask would pass the crop untouched.
+        # As a plain tensor the mask would pass crops and flips untouched.
         wrapped = tv_tensors.Mask(torch.tensor(mask))
-        image, mask_out = (self._fit if self._vary is None else self._vary)(sample.image, wrapped)
+        if self.augmentation is None:
+            resized = _resized(height, width, self.preprocessing)
+            image, wrapped = self._resize(sample.image, wrapped, resized)
+            image, wrapped = v2.CenterCrop(self.preprocessing.size)(image, wrapped)
+        else:
+            image, wrapped = self._vary(sample.image, wrapped, self.augmentation)
         pixels = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
-        normalised = v2.functional.normalize(
-            pixels, list(self.preprocessing.mean), list(self.preprocessing.std)
-        )
-        return normalised.as_subclass(Tensor), mask_out.as_subclass(Tensor)
+        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
+        return v2.functional.normalize(pixels, mean, std).as_subclass(Tensor), wrapped.as_subclass(Tensor)
 
-    def _fit(self, image: Image.Image, mask: Tensor) -> tuple[Image.Image, Tensor]:
-        resized = _resized(image.height, image.width, self.preprocessing)
-        interpolation = v2.InterpolationMode(self.preprocessing.interpolation)
-        image = v2.functional.resize(image, resized, interpolation=interpolation, antialias=True)
-        mask = v2.functional.resize(mask, resized, interpolation=v2.InterpolationMode.NEAREST)
+    def _vary(
+        self, image: Image.Image, mask: tv_tensors.Mask, augmentation: Augmentation
+    ) -> tuple[Image.Image, tv_tensors.Mask]:
         size = list(self.preprocessing.size)
-        return v2.functional.center_crop(image, size), v2.functional.center_crop(mask, size)
+        crop = v2.RandomResizedCrop(size, scale=augmentation.crop_scale, ratio=(3 / 4, 4 / 3))
+        place = crop.make_params([image])
+        image, mask = v2.functional.crop(image, **place), v2.functional.crop(mask, **place)
+        image, mask = self._resize(image, mask, size)
+        strength = augmentation.color_jitter
+        steps = [v2.RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)]
+        if strength > 0:
+            steps.append(v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength))
+        varied: tuple[Image.Image, tv_tensors.Mask] = v2.Compose(steps)(image, mask)
+        return varied
+
+    def _resize(
+        self, image: Image.Image, mask: tv_tensors.Mask, size: list[int]
+    ) -> tuple[Image.Image, tv_tensors.Mask]:
+        interpolation = v2.InterpolationMode(self.preprocessing.interpolation)
+        image = v2.functional.resize(image, size, interpolation=interpolation, antialias=True)
+        # torchvision resizes a Mask with "nearest", which takes the top left of the pixels that fall together and so
+        # shifts it against its image by up to half of them.
+        resized = v2.functional.resize(
+            mask.as_subclass(Tensor)[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT
+        )
+        return image, tv_tensors.Mask(resized[0])
 
 
 def _resized(height: int, width: int, preprocessing: Preprocessing) -> list[int]:
@@ -723,24 +741,6 @@ def _resized(height: int, width: int, preprocessing: Preprocessing) -> list[int]
         return [int(rows * height / shorter), int(rows * width / shorter)]
     ratio = min(height / rows, width / columns)
     return [round(height / ratio), round(width / ratio)]
-
-
-def _augment(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Compose:
-    strength = augmentation.color_jitter
-    steps = [
-        v2.RandomResizedCrop(
-            list(preprocessing.size),
-            scale=augmentation.crop_scale,
-            ratio=(3 / 4, 4 / 3),
-            interpolation=v2.InterpolationMode(preprocessing.interpolation),
-            antialias=True,
-        )
-    ]
-    if augmentation.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if strength > 0:
-        steps.append(v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength))
-    return v2.Compose(steps)
 
 
 class ModelInputs(Dataset[Batch]):

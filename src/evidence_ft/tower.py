@@ -44,9 +44,7 @@ class ImageTower(nn.Module, ABC):
         """The transformer blocks, first to last; tokens are their first positional argument."""
 
     @abstractmethod
-    def explicit_attention(
-        self, block: nn.Module, keep: Callable[[Tensor], None]
-    ) -> AbstractContextManager[None]:
+    def explicit_attention(self, block: nn.Module, keep: Callable[[Tensor], None]) -> AbstractContextManager[None]:
         """While open, ``block`` computes its attention ``(B, H, N, N)`` explicitly and hands it to ``keep``.
 
         What is kept must be on the path to the block's output, and differentiable twice. Leaves the block as it was.
@@ -71,9 +69,7 @@ class ImageTower(nn.Module, ABC):
             RuntimeError: in inference mode, or with activation checkpointing on.
         """
         if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "heatmaps need gradients, which torch.inference_mode forbids; use torch.no_grad instead"
-            )
+            raise RuntimeError("heatmaps need gradients, which torch.inference_mode forbids; use torch.no_grad instead")
         if self.recomputes():
             raise RuntimeError(
                 "activation checkpointing runs each block again in the backward pass, without the trace; switch it "
@@ -86,13 +82,9 @@ class ImageTower(nn.Module, ABC):
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             stack.callback(blocks[chosen[0]].register_forward_pre_hook(_open_graph).remove)
             for layer in chosen:
-                stack.enter_context(
-                    self.explicit_attention(blocks[layer], partial(kept.__setitem__, layer))
-                )
+                stack.enter_context(self.explicit_attention(blocks[layer], partial(kept.__setitem__, layer)))
             features: Tensor = self(images)
-        return VisionTrace(
-            features, tuple(kept[layer] for layer in chosen), self.grid, self.num_prefix_tokens
-        )
+        return VisionTrace(features, tuple(kept[layer] for layer in chosen), self.grid, self.num_prefix_tokens)
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:

@@ -153,6 +153,18 @@ class TrainerConfig(BaseModel):
         Augmentation(), description="random crops and flips, drawn once for image and mask"
     )
 
+    def check_fits(self, images: int, processes: int) -> None:
+        """Refuse a batch that the training images cannot fill.
+
+        Raises:
+            TrainingError: fewer images than a batch of all processes.
+        """
+        if images < self.batch_size * processes:
+            raise TrainingError(
+                f"{images} training images are fewer than one batch: training.batch_size is {self.batch_size} on "
+                f"{processes} process(es); set training.batch_size to at most {images // processes}"
+            )
+
 
 class Fitted(NamedTuple):
     """What a finished training reports.
@@ -183,17 +195,17 @@ class Trainer:
         self.metrics_file = metrics_file
 
     def fit(self, step: TrainingStep, inputs: ModelInputs, *, seed: int, description: str = "training") -> Fitted:
-        """Train in place.
+        """Train in place, with the evidence probe on the first batch that shows evidence.
 
         Args:
             step: its parameters with ``requires_grad`` are trained.
             inputs: training images; the last incomplete batch of an epoch is dropped.
             seed: of the order of the images.
+            description: of the progress bar.
 
         Raises:
-            ValueError: fewer images than a global batch.
             InertEvidenceError: the evidence loss does not reach the trained parameters.
-            TrainingError: the loss is not finite.
+            TrainingError: fewer images than a batch, or a loss that is not finite.
         """
         config, accelerator = self.config, self.accelerator
         step.to(accelerator.device)
@@ -207,12 +219,7 @@ class Trainer:
             generator=torch.Generator().manual_seed(seed),
         )
         global_batch = config.batch_size * accelerator.num_processes
-        if len(inputs) < global_batch:
-            raise ValueError(
-                f"{len(inputs)} training images are fewer than one batch: training.batch_size {config.batch_size} on "
-                f"{accelerator.num_processes} process(es); set training.batch_size to at most "
-                f"{len(inputs) // accelerator.num_processes}"
-            )
+        config.check_fits(len(inputs), accelerator.num_processes)
         optimizer = torch.optim.AdamW(_parameter_groups(step, config.weight_decay), lr=config.learning_rate)
         total_steps = config.epochs * (len(inputs) // global_batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(total_steps))
@@ -236,17 +243,17 @@ class Trainer:
                     losses = wrapped(batch)
                     self._check_finite(losses, number)
                     accelerator.backward(losses.total)
-                    norm = accelerator.clip_grad_norm_(
-                        wrapped.parameters(), config.max_gradient_norm or math.inf
-                    )
+                    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_gradient_norm or math.inf)
                     learning_rate = schedule.get_last_lr()[0]
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
                     number, since_probe = number + 1, since_probe + 1
                     record = {"step": number, "epoch": number / total_steps * config.epochs}
-                    record |= {f"{name}_loss": gather(value.detach()[None]).mean().item()
-                               for name, value in losses._asdict().items()}
+                    record |= {
+                        f"{name}_loss": gather(value.detach()[None]).mean().item()
+                        for name, value in losses._asdict().items()
+                    }
                     record |= {"learning_rate": learning_rate, "gradient_norm": float(norm)}
                     if probe is not None:
                         record["evidence_to_task_gradient_ratio"] = probe.ratio

@@ -81,7 +81,7 @@ class VisionTrace(NamedTuple):
 
     def on_grid(self, relevance: Tensor) -> Tensor:
         """Token relevance ``(B, N)`` to heatmap ``(B, h, w)``, prefix tokens dropped."""
-        return relevance[:, self.num_prefix_tokens :].unflatten(1, self.grid)
+        return relevance[:, self.num_prefix_tokens :].reshape(-1, *self.grid)
 
 
 class Losses(NamedTuple):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from open_clip.timm_model import TimmModel
@@ -142,7 +141,7 @@ class OpenClipEncoder(DualEncoder):
         checkpoint: the name it was loaded by.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any], checkpoint: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: dict[str, Any], checkpoint: str) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -190,7 +189,7 @@ class OpenClipEncoder(DualEncoder):
         temporary.replace(directory / _WEIGHTS)
 
 
-def _preprocessing(visual: nn.Module) -> Preprocessing:
+def _preprocessing(visual: Any) -> Preprocessing:
     config = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)
     return Preprocessing(
         size=tuple(config.size) if isinstance(config.size, Sequence) else (config.size, config.size),
@@ -201,10 +200,10 @@ def _preprocessing(visual: nn.Module) -> Preprocessing:
     )
 
 
-def _image_tower(visual: nn.Module) -> ImageTower:
+def _image_tower(visual: Any) -> ImageTower:
     if isinstance(visual, VisionTransformer):
         return NativeImageTower(visual)
-    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "blocks"):
+    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed") and hasattr(visual.trunk, "blocks"):
         return TimmImageTower(visual)
     trunk = type(getattr(visual, "trunk", visual)).__name__
     raise UnsupportedTowerError(

@@ -62,7 +62,7 @@ from evidence_ft.samples import (
     first_per_class,
     read_image,
 )
-from evidence_ft.types import OBJECT, MaskSource
+from evidence_ft.types import BACKGROUND, OBJECT, MaskSource
 
 
 class Config(DatasetConfig):
@@ -184,9 +184,7 @@ class CocoDataset:
         image = read_image(self._folder / entry.file_name)
         if image.size != (entry.width, entry.height):
             turned = image.size == (entry.height, entry.width)
-            cause = (
-                "the annotations seem to ignore its EXIF orientation: turn them" if turned else "scale them"
-            )
+            cause = "the annotations seem to ignore its EXIF orientation: turn them" if turned else "scale them"
             raise DataError(
                 f"sample {entry.file_name!r}: found an upright image of {image.width}x{image.height} pixels; "
                 f"{self._path} expects {entry.width}x{entry.height}; {cause}, or restore the image that was "
@@ -273,6 +271,7 @@ def _rows(config: Config, content: _File, names: Mapping[int, str], path: Path, 
     annotated = _evidence_of(config, content, names, path)
     images: list[_Image] = []
     evidence: list[list[_Evidence]] = []
+    used: dict[str, str] = {}
     for position, image in enumerate(content.images):
         where = f"{path}: images[{position}] ({image.file_name})"
         counted = [one for one in annotated[image.id] if names[one.category_id] not in config.leave_out]
@@ -285,19 +284,20 @@ def _rows(config: Config, content: _File, names: Mapping[int, str], path: Path, 
         if category is not None:
             images.append(image)
             evidence.append([one for one in counted if one.category_id == category])
+            used.setdefault(names[category], where)
     class_names = choose_classes(
         list(names.values()),
-        [names[annotations[0].category_id] for annotations in evidence],
+        used,
         classes=config.classes,
         leave_out=config.leave_out,
         where=str(path),
     )
     if not images:
         raise DataError(
-            f"{path}: no image is left; expected at least one; check data.leave_out, data.several and "
-            "data.unannotated"
+            f"{path}: no image is left; expected at least one; check data.leave_out, data.several and data.unannotated"
         )
-    labels = [class_names.index(names[annotations[0].category_id]) for annotations in evidence]
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = [number[names[annotations[0].category_id]] for annotations in evidence]
     kept = first_per_class([image.file_name for image in images], labels, config.max_per_class)
     return CocoDataset(
         class_names,
@@ -419,8 +419,8 @@ def _drawn_polygons(evidence: _Evidence, image: _Image) -> MaskArray:
                 f"{image.width}x{image.height} pixels; expected a polygon inside the image; check that it is "
                 "in pixels of this image's upright size"
             )
-    mask: MaskArray = rle.decode(rle.merge(rle.frPyObjects(polygons, image.height, image.width)))
-    return mask
+    merged = rle.merge(rle.frPyObjects(polygons, image.height, image.width))
+    return _decoded(_run_lengths(merged["counts"].decode()) or [], image)
 
 
 def _drawn_rle(evidence: _Evidence, image: _Image) -> MaskArray:
@@ -431,7 +431,6 @@ def _drawn_rle(evidence: _Evidence, image: _Image) -> MaskArray:
             "and width of the image; export the segmentation at the size of the upright image"
         )
     runs = _run_lengths(counts) if isinstance(counts, str) else counts
-    # Of too few runs pycocotools would decode memory that nobody has written.
     if (
         not isinstance(runs, list)
         or not all(isinstance(run, int) and run >= 0 for run in runs)
@@ -441,9 +440,15 @@ def _drawn_rle(evidence: _Evidence, image: _Image) -> MaskArray:
             f"{evidence.where}.counts: found {str(counts)[:60]!r}; expected run lengths, compressed or not, "
             f"that add up to the image's {image.height * image.width} pixels; export the segmentation again"
         )
-    encoded = rle.frPyObjects({"size": size, "counts": runs}, image.height, image.width)
-    mask: MaskArray = rle.decode(encoded)
-    return mask
+    return _decoded(runs, image)
+
+
+def _decoded(runs: Sequence[int], image: _Image) -> MaskArray:
+    """Run lengths down the columns, the first of background, to a mask."""
+    # Not pycocotools, whose decode warns under NumPy 2, and takes memory that nobody has written for missing runs.
+    values = np.arange(len(runs), dtype=np.int64) % 2
+    pixels = np.where(np.repeat(values, runs) == 1, OBJECT, BACKGROUND).astype(np.uint8)
+    return pixels.reshape(image.width, image.height).T
 
 
 def _run_lengths(text: str) -> list[int] | None:

@@ -47,7 +47,7 @@ class Config(BaseModel):
 
 
 def load(config: Config, split: str) -> "Shapes":
-    """One split; images are drawn when they are asked for.
+    """One split; images are drawn when they are first asked for.
 
     Raises:
         ValueError: no such split.
@@ -68,13 +68,17 @@ class Shapes:
         self.sample_ids = [f"{split}-{row:06d}" for row in range(images)]
         self.labels = [row % len(CLASS_NAMES) for row in range(images)]
         self.mask_sources: list[MaskSource] = ["mask"] * images
+        self._drawn: dict[int, Sample] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, row: int) -> Sample:
-        drawing = self.draw(row)
-        return Sample(self.sample_ids[row], drawing.image, self.labels[row], drawing.mask, "mask")
+        # Kept: an epoch would spend more time drawing than training, and an image takes 16 kB.
+        if row not in self._drawn:
+            drawing = self.draw(row)
+            self._drawn[row] = Sample(self.sample_ids[row], drawing.image, self.labels[row], drawing.mask, "mask")
+        return self._drawn[row]
 
     def draw(self, row: int) -> "Drawing":
         """The image of a row with what a caption can say about it."""

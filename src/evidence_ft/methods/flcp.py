@@ -50,7 +50,7 @@ def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) ->
 
     def objective(features: Tensor, labels: Tensor) -> tuple[Tensor, ScoreFn]:
         # Each caption of the batch is encoded once, however many of its images there are.
-        present, caption_of = labels.unique(return_inverse=True)
+        present, caption_of = torch.unique(labels, return_inverse=True)
         text_features = encoder.encode_text([captions[label] for label in present.tolist()])[caption_of]
         with torch.no_grad():
             encoder.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evidence_ft.config import ConfigError, component, dump, parse, parse_command_line, read
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "flcp_evidence.yaml"
+
+
+def command_line(*arguments, default=DEFAULT):
+    return parse_command_line(default, "A recipe.", arguments)
+
+
+def test_there_are_configs_to_check():
+    assert {path.stem for path in CONFIGS} >= {"flcp_evidence", "tiny_imagenet_boxes", "white_blood_cells"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_its_names_resolve_and_it_opens_with_its_command(path):
+    config = parse(read(path), str(path))
+    assert parse(yaml.safe_load(dump(config))) == config
+    assert path.read_text().startswith("# accelerate launch recipes/flcp_evidence.py")
+
+
+def test_flags_win_over_the_file():
+    config = command_line("--evidence.weight", "0", "--evidence.layers", "-1", "-2", "--run.arms", "baseline")
+    assert config.evidence.weight == 0
+    assert config.evidence.layers == (-1, -2)
+    assert config.run.arms == ("baseline",)
+    assert config.data.format == "shapes"
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert command_line("--data.on-bad-sample", "skip").data.on_bad_sample == "skip"
+    assert command_line("--data.on_bad_sample", "skip").data.on_bad_sample == "skip"
+
+
+def test_a_config_file_replaces_the_default(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {learning_rate: 1e-4}\nrun: {name: mine}\n")
+    config = command_line("--config", str(file), "--run.seed", "3")
+    assert config.training.learning_rate == 1e-4  # YAML 1.1 reads 1e-4 as text
+    assert (config.run.name, config.run.seed) == ("mine", 3)
+
+
+def test_another_data_format_brings_its_own_flags():
+    config = command_line("--data.format", "manifest", "--data.file", "labels.csv", "--data.mask-threshold", "0.25")
+    assert config.data.file == Path("labels.csv")
+    assert config.data.mask_threshold == 0.25
+
+
+def test_what_another_data_format_cannot_do_without_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line("--data.format", "manifest")
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert "--data.file" in captured.err + captured.out
+
+
+def test_print_config_prints_what_parses_back(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line("--print-config", "--evidence.weight", "0.5")
+    assert stopped.value.code == 0
+    assert parse(yaml.safe_load(capsys.readouterr().out)) == command_line("--evidence.weight", "0.5")
+
+
+def test_help_names_flags_with_their_meaning(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line("--help")
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("A recipe.", "--evidence.weight", "--data.train-images", "--print-config", "of the evidence loss"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evidence.wieght", "0"], "unknown key '--evidence.wieght'; did you mean '--evidence.weight'?"),
+        (["--data.format", "cocoo"], "data.format: no datasets named 'cocoo'; did you mean 'coco'?"),
+        (["--method.name", "flpc"], "method.name: no methods named 'flpc'; did you mean 'flcp'?"),
+        (["--evidence.heatmap", "gradcam"], "no heatmaps named 'gradcam'"),
+        (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_error(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        command_line(*arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"evidence": {"wieght": 1}}, "unknown key 'evidence.wieght'; did you mean 'evidence.weight'?"),
+        ({"evalution": {}}, "unknown key 'evalution'; did you mean 'evaluation'?"),
+        ({"training": {"augmentation": {"flap": True}}}, "did you mean 'training.augmentation.flip'?"),
+        ({"training": {"epochs": 3.5}}, "training.epochs = 3.5 (float): input should be a valid integer"),
+        ({"training": {"epochs": "ten"}}, "training.epochs = 'ten' (str)"),
+        ({"evidence": {"weight": -1}}, "evidence.weight = -1 (int): input should be greater than or equal to 0"),
+        ({"evaluation": {"explain": "lable"}}, "evaluation.explain = 'lable' (str): input should be 'label'"),
+        ({"run": {"arms": ["base"]}}, "run.arms.0 = 'base'"),
+        ({"run": {"arms": []}}, "run.arms = []"),
+        ({"run": {"name": "../up"}}, "run.name = '../up'"),
+        ({"data": {"format": "manifest"}}, "data.file is missing"),
+        ({"data": {"format": "shapes", "root": "x"}}, "unknown key 'data.root'"),
+        ({"data": {"format": 3}}, "data.format is 3"),
+        ({"data": "shapes"}, "data is 'shapes', expected a section"),
+        ({"model": {"backbone": "openclip"}}, "did you mean 'open_clip'?"),
+        ({"evidence": {"alignment": "outside"}}, "no alignments named 'outside'"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_dotted_key(tree, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(tree, "my.yaml")
+    assert message in str(raised.value)
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(ConfigError) as raised:
+        parse({"evidence": {"wieght": 1}, "training": {"epochs": "x"}}, "my.yaml")
+    assert len(str(raised.value).splitlines()) == 2
+    assert all(line.startswith("my.yaml: ") for line in str(raised.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1\n", "holds a list"), ("a: [", "is not YAML"), ("!!python/name:os", "is not YAML")]
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read(file)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("")
+    assert parse(read(file)).method.name == "flcp"
+
+
+def test_names_reach_modules_of_other_packages():
+    assert component("heatmaps", "tests.by_definition").__name__ == "tests.by_definition"
+    with pytest.raises(ConfigError, match=r"no heatmaps named .tests\.nowhere."):
+        component("heatmaps", "tests.nowhere")
