@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from evidence_ft.backgrounds import SwappedBackgrounds, choose_donors, paint_out, swap_background
-from evidence_ft.samples import DataError, Sample, validate
+from evidence_ft.images import DataError
+from evidence_ft.samples import Sample, validate
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

@@ -8,7 +8,8 @@ from evidence_ft.classifier import Classifier
 from evidence_ft.datasets import shapes
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
 from evidence_ft.heatmaps import gradient_attention
-from evidence_ft.samples import ModelInputs, SampleTransform, Subset
+from evidence_ft.samples import Subset
+from evidence_ft.transforms import ModelInputs, SampleTransform
 from evidence_ft.types import Preprocessing
 from tests import by_definition
 from tests.conftest import build_encoder

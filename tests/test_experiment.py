@@ -7,8 +7,8 @@ from PIL import Image
 
 from evidence_ft.config import ConfigError, parse
 from evidence_ft.experiment import arm_config, run
+from evidence_ft.images import DataError
 from evidence_ft.runs import RunRecord
-from evidence_ft.samples import DataError
 from evidence_ft.training import TrainingError
 
 SMALL = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torchmetrics.functional import classification
 
 from evidence_ft import metrics
 from evidence_ft.metrics import Interval, Rationality, RatioStatistic
@@ -88,22 +89,20 @@ def test_rates_over_nothing_are_nan():
 
 
 def test_accuracy_agrees_with_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.classification")
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (97,), generator=generator)
     predictions = torch.where(torch.rand(97, generator=generator) < 0.6, labels, (labels + 1) % 5)
-    expected = functional.multiclass_accuracy(predictions, labels, num_classes=5, average="micro")
+    expected = classification.multiclass_accuracy(predictions, labels, num_classes=5, average="micro")
     assert metrics.accuracy(predictions == labels) == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_pt_and_ir_are_the_recall_and_precision_torchmetrics_knows():
-    functional = pytest.importorskip("torchmetrics.functional.classification")
     correct, rma, _ = a_test_set(200)
     kept = ~rma.isnan()
     valid, right = (rma[kept] >= 0.5).int(), correct[kept].int()
     counts = metrics.rationality(correct, rma)
-    torch.testing.assert_close(torch.tensor(counts.PT), functional.binary_recall(valid, right))
-    torch.testing.assert_close(torch.tensor(counts.IR), functional.binary_precision(valid, right))
+    torch.testing.assert_close(torch.tensor(counts.PT), classification.binary_recall(valid, right))
+    torch.testing.assert_close(torch.tensor(counts.IR), classification.binary_precision(valid, right))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
-from evidence_ft import report, runs
+from evidence_ft import report
+from evidence_ft.files import RunFileError, write_atomically
 from evidence_ft.metrics import Interval
-from evidence_ft.runs import DataRecord, Gallery, Outcomes, RunFileError, RunRecord, SkippedSample, StoredFile
+from evidence_ft.outcomes import OUTCOMES_SCHEMA, Gallery, Outcomes, summarise
+from evidence_ft.runs import DataRecord, RunRecord, SkippedSample, StoredFile
 
 NAN = float("nan")
 HOSTILE = "<script>alert('dog')</script>"
@@ -87,8 +88,9 @@ def write_arm(
             {"step": s, "task_loss": 1 / s, "evidence_loss": 0.5, "evidence_to_task_gradient_ratio": None}
             for s in range(1, steps + 1)
         ]
-        runs.write_atomically(directory / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in logged))
+        write_atomically(directory / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in logged))
     config = {
+        "run": {"name": "toy", "arms": [arm]},
         "evidence": {"heatmap": "gradient_attention", "layers": [-1], "weight": weight},
         "evaluation": {"heatmap": "gradient_attention", "layers": [-1], "explain": "label", "threshold": 0.5}
         | (evaluation or {}),
@@ -103,7 +105,7 @@ def write_arm(
         data={split: DataRecord(fingerprint=fingerprint, n=6, annotated=5, skipped=tuple(skipped)) for split in splits}
         | ({"train": DataRecord(fingerprint="t" * 64, n=9, annotated=7)} if steps else {}),
         training={"steps": steps} if steps else None,
-        results={split: runs.summarise(table) for split, table in tables.items()},
+        results={split: summarise(table) for split, table in tables.items()},
         outcomes={s: StoredFile.of(directory / "outcomes" / f"{s}.parquet", directory) for s in splits},
     ).write(directory)
 
@@ -271,29 +273,6 @@ def test_captions_of_the_gallery_do_not_rely_on_colour(run):
     assert "✗ RMA 0.10" in text
 
 
-def test_an_overlay_puts_each_token_on_its_own_pixels():
-    heatmap = np.array([[0.0, 1.0]], dtype=np.float32)
-    drawn = report._overlay(np.full((224, 224, 3), 128, np.uint8), np.zeros((224, 224), np.uint8), heatmap)
-    left, right = drawn[:, :112].reshape(-1, 3), drawn[:, 112:].reshape(-1, 3)
-    assert (left == left[0]).all()
-    assert (right == right[0]).all()
-    assert right[0].astype(int).sum() > left[0].astype(int).sum() + 100
-
-
-def test_an_empty_heatmap_leaves_the_image_grey():
-    image = np.random.default_rng(0).integers(256, size=(300, 200, 3), dtype=np.uint8)
-    drawn = report._overlay(image, np.zeros((300, 200), np.uint8), np.zeros((2, 2), np.float32))
-    assert drawn.shape == (224, 149, 3)
-    assert (drawn == drawn[..., :1]).all()
-
-
-def test_an_outline_runs_inside_the_mask_and_its_rim_outside():
-    mask = np.zeros((9, 9), np.uint8)
-    mask[2:7, 2:7] = 1
-    drawn = report._outlined(np.full((9, 9, 3), 100, np.uint8), mask)[..., 0]
-    assert drawn[4].tolist() == [100, 0, 255, 255, 100, 255, 255, 0, 100]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -371,9 +350,7 @@ def test_a_gallery_of_rows_that_are_not_there_is_refused(tmp_path):
 
 
 def test_a_split_without_images_has_no_intervals(tmp_path):
-    nothing = Outcomes.from_columns(
-        **{c: [] for c in runs.OUTCOMES_SCHEMA.names}, class_names=["cat", "dog"], split="test"
-    )
+    nothing = Outcomes.from_columns(**{c: [] for c in OUTCOMES_SCHEMA.names}, class_names=["cat", "dog"], split="test")
     for arm in ("baseline", "evidence"):
         write_arm(tmp_path, arm, **BASELINE)
         nothing.write(tmp_path / arm / "outcomes" / "test.parquet")
@@ -445,6 +422,11 @@ def test_the_report_says_what_differs_in_the_settings(run):
     assert "| evaluation.threshold" not in (run / "comparison.md").read_text()
 
 
+def test_that_each_arm_lists_itself_is_no_difference_in_the_settings(run):
+    report.write_comparison(run)
+    assert "run.arms" not in (run / "comparison.md").read_text()
+
+
 def test_the_data_table_counts_masks(run):
     rows = report._data_table(report.compare(run).arms)
     assert rows[1][:6] == ["zero_shot", "test", "6", "5", "4 / 1 / 1", "0"]
@@ -465,9 +447,3 @@ def test_every_figure_is_drawn_with_text_as_text(run):
     assert text.count("<svg") == 4  # quadrants, thresholds, two losses; the ratio was never measured
     assert ">Evidence loss</text>" in text
     assert "Task loss by step, running mean" in text
-
-
-def test_a_running_mean_keeps_a_constant_and_short_curves():
-    np.testing.assert_allclose(report._smoothed(np.full(200, 3.0)), 3.0)
-    short = np.array([1.0, 2.0])
-    assert report._smoothed(short) is short

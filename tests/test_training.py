@@ -9,7 +9,7 @@ from PIL import Image
 from evidence_ft.alignments import outside_mass
 from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.methods import flcp
-from evidence_ft.samples import ModelInputs, Sample, SampleTransform, collate
+from evidence_ft.samples import Sample
 from evidence_ft.training import (
     EvidenceTerm,
     InertEvidenceError,
@@ -19,6 +19,7 @@ from evidence_ft.training import (
     TrainingStep,
     probe_gradients,
 )
+from evidence_ft.transforms import ModelInputs, SampleTransform, collate
 from tests.conftest import build_encoder
 
 NAMES = ("cat", "dog", "fox")

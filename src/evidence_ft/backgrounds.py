@@ -20,7 +20,8 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from evidence_ft.samples import DataError, EvidenceDataset, MaskArray, Sample, check_sample
+from evidence_ft.images import DataError, MaskArray
+from evidence_ft.samples import EvidenceDataset, Sample, check_sample
 from evidence_ft.types import OBJECT, MaskSource
 
 Pixels = npt.NDArray[np.uint8]

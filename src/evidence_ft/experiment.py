@@ -21,29 +21,14 @@ from evidence_ft.classifier import Classifier, FineTuning
 from evidence_ft.config import Arm, ConfigError, ExperimentConfig, component, parse, parse_command_line
 from evidence_ft.encoder import CheckpointError, DualEncoder
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
+from evidence_ft.images import DataError
+from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.report import format_table, write_comparison
-from evidence_ft.runs import (
-    DataRecord,
-    Gallery,
-    Outcomes,
-    RunRecord,
-    SkippedSample,
-    StoredFile,
-    environment,
-    summarise,
-    write_config,
-)
-from evidence_ft.samples import (
-    DataError,
-    EvidenceDataset,
-    ModelInputs,
-    SampleTransform,
-    fingerprint,
-    to_pixels,
-    validate,
-)
+from evidence_ft.runs import DataRecord, RunRecord, SkippedSample, StoredFile, environment, write_config
+from evidence_ft.samples import EvidenceDataset, fingerprint, validate
 from evidence_ft.tower import UnsupportedTowerError
 from evidence_ft.training import EvidenceTerm, Fitted, Trainer, TrainingError, TrainingStep
+from evidence_ft.transforms import ModelInputs, SampleTransform, to_pixels
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +85,7 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
     directory = config.run.directory / config.run.name
     for arm in config.run.arms:
         _run_arm(arm, config, splits, directory / arm, accelerator)
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return None
     comparison = write_comparison(directory)

@@ -4,42 +4,24 @@ Outcomes are joined by sample id. Arms that were not judged alike are refused. R
 the same bytes: intervals are seeded, and nothing in it depends on the hour.
 """
 
-import base64
 import html
-import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-import matplotlib as mpl
-import numpy as np
-import numpy.typing as npt
 import torch
-from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from PIL import Image
 
+from evidence_ft.drawing import Drawing, Shown, behaviour, curves, gallery, percent
 from evidence_ft.evidence import VALID_FROM
-from evidence_ft.metrics import Interval, RatioStatistic, percentile_interval, rationality, replicate
-from evidence_ft.runs import (
-    METRICS_FILE,
-    RECORD_FILE,
-    Gallery,
-    Outcomes,
-    RunRecord,
-    named,
-    read_steps,
-    summarise,
-    to_json,
-    write_atomically,
-)
-from evidence_ft.types import OBJECT
+from evidence_ft.files import named, to_json, write_atomically
+from evidence_ft.metrics import Interval, RatioStatistic, percentile_interval, replicate
+from evidence_ft.outcomes import Gallery, Outcomes, summarise
+from evidence_ft.runs import METRICS_FILE, RECORD_FILE, RunRecord, read_steps
 
 ARM_ORDER = ("zero_shot", "baseline", "evidence")
 """Arms of these names come first, in this order; others follow by name."""
@@ -59,14 +41,6 @@ _LABELS = {
     "n": "Images",
     "n_annotated": "With evidence",
 }
-_THUMBNAIL_PX = 224
-_GALLERY_LIMIT = 24
-_SMOOTHED_FROM = 60
-_INK, _MUTED = "#1b1f24", "#5b6570"
-_QUADRANTS = {"RR": "#1b7f5c", "RW": "#e0a100", "WR": "#8a5fbf", "WW": "#8b949e"}
-_LINES = (("#6b7280", ":"), ("#0b66c3", "--"), ("#c2410c", "-"), ("#1b7f5c", "-."), ("#8a3ffc", "-"))
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -85,19 +59,11 @@ class Arm:
     record: RunRecord
     outcomes: dict[str, Outcomes]
     steps: list[dict[str, float]] = field(default_factory=list)
-    gallery: dict[str, dict[str, "Shown"]] = field(default_factory=dict)
+    gallery: dict[str, dict[str, Shown]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.record.arm
-
-
-class Shown(NamedTuple):
-    """An image of a gallery, with its mask ``(Hpx, Wpx)`` and heatmap ``(h, w)``."""
-
-    image: Pixels
-    mask: Pixels
-    heatmap: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -151,7 +117,7 @@ def compare(directory: Path, arms: Sequence[str] | None = None) -> Comparison:
 
     Raises:
         ValueError: arms were not judged on the same images in the same way; the first few ids or the keys are
-            named. Or a file is missing or broken; `evidence_ft.runs.RunFileError` names it.
+            named. Or a file is missing or broken; `evidence_ft.files.RunFileError` names it.
     """
     names = _finished(directory) if arms is None else list(arms)
     if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -292,17 +258,30 @@ def format_html(comparison: Comparison) -> str:
                 "verdicts": comparison.verdicts[split],
                 "overview": _overview(comparison, split),
                 "differences": _difference_table(comparison, split) if comparison.differences else [],
-                "figures": list(_behaviour_figures(comparison, split)),
+                "figures": _figures(comparison, split),
                 "gallery": _gallery(comparison, split),
             }
             for split in comparison.splits
         ],
-        curves=list(_curves(arms)),
+        curves=list(curves({arm.name: arm.steps for arm in arms})),
         settings=_differing_settings(arms),
         data=_data_table(arms),
         skipped=_skipped(arms),
         details=[(arm.name, _details(arm)) for arm in arms],
     )
+
+
+def _figures(comparison: Comparison, split: str) -> list[Drawing]:
+    assert comparison.reference is not None  # only a comparison without arms has none, and it has no splits
+    outcomes = {arm.name: arm.outcomes[split] for arm in comparison.arms}
+    key = f"split-{comparison.splits.index(split)}"
+    return list(behaviour(key, outcomes, reference=comparison.reference, threshold=comparison.threshold))
+
+
+def _gallery(comparison: Comparison, split: str) -> list[dict[str, Any]]:
+    outcomes = {arm.name: arm.outcomes[split] for arm in comparison.arms}
+    shown = {arm.name: images for arm in comparison.arms if (images := arm.gallery.get(split))}
+    return gallery(outcomes, shown, threshold=comparison.threshold)
 
 
 # Reading
@@ -579,7 +558,7 @@ def _overview(comparison: Comparison, split: str) -> list[list[str]]:
     rows = [["Arm", *(_LABELS[key] for key in (*rates, *counts))]]
     for name, splits in comparison.numbers.items():
         numbers = splits[split]
-        rows.append([name, *(_percent(numbers[key]) for key in rates), *(str(numbers[key]) for key in counts)])
+        rows.append([name, *(percent(numbers[key]) for key in rates), *(str(numbers[key]) for key in counts)])
     return rows
 
 
@@ -597,7 +576,8 @@ def _difference_table(comparison: Comparison, split: str) -> list[list[str]]:
 
 def _differing_settings(arms: Sequence[Arm]) -> list[list[str]]:
     flat = [dict(_flattened(arm.record.config)) | {"seed": arm.record.seed} for arm in arms]
-    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    # Each arm's configuration lists the arm itself, which says nothing.
+    keys = [key for key in dict.fromkeys(key for settings in flat for key in settings) if key != "run.arms"]
     rows = [["Key", *(arm.name for arm in arms)]]
     for key in keys:
         values = [_value(settings[key]) if key in settings else "\N{EN DASH}" for settings in flat]
@@ -678,15 +658,7 @@ def _value(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item) for item in value) + "]"
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if _is_plain(value) else str(value)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _percent(share: float) -> str:
-    return "\N{EN DASH}" if math.isnan(share) else f"{100 * share:.1f}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _points(interval: Interval, unit: str = " points") -> str:
@@ -720,260 +692,3 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-# Figures
-
-
-class Drawing(NamedTuple):
-    """A figure of the page: inline SVG, with a caption and a text for those who do not see it."""
-
-    svg: Markup
-    caption: str
-    description: str
-
-
-def _draw(key: str, draw: Callable[[Any], None], *, height: float = 2.9) -> Markup:
-    """An axes, drawn on and saved as SVG that is the same whenever it is drawn.
-
-    Args:
-        key: of the page's figures, unique: it keeps their ids apart.
-        draw: called with the axes.
-        height: in inches.
-    """
-    style = {
-        "svg.hashsalt": key,
-        "svg.fonttype": "none",  # text stays text: it can be read, searched and selected
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": _MUTED,
-        "axes.labelcolor": _INK,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "text.color": _INK,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e4e7eb",
-        "legend.frameon": False,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(4.0, height), layout="constrained")
-        draw(figure.add_subplot())
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
-    # Inside HTML an SVG needs neither prologue nor namespaces.
-    svg = re.sub(r'(?s)^.*?(?=<svg)|<metadata>.*?</metadata>\s*| xmlns(:xlink)?="[^"]*"', "", file.getvalue())
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg)
-    return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1))
-
-
-def _legend_above(axes: Any, columns: int | None = None) -> None:
-    entries = len(axes.get_legend_handles_labels()[1])
-    axes.figure.legend(loc="outside upper left", ncols=columns or (entries if entries <= 3 else 2), fontsize=9)
-
-
-def _line(position: int) -> dict[str, Any]:
-    color, style = _LINES[position % len(_LINES)]
-    return {"color": color, "linestyle": style}
-
-
-def _curves(arms: Sequence[Arm]) -> Iterable[Drawing]:
-    quantities = {
-        "task_loss": "Task loss",
-        "evidence_loss": "Evidence loss",
-        "evidence_to_task_gradient_ratio": "Evidence / task gradient",
-    }
-    for quantity, label in quantities.items():
-        logged = {position: points for position, arm in enumerate(arms) if (points := _logged(arm.steps, quantity))}
-        if logged:
-            yield _curve(f"curve-{quantity.replace('_', '-')}", label, logged, arms)
-
-
-def _logged(steps: Sequence[Mapping[str, float]], quantity: str) -> list[tuple[float, float]]:
-    return [(step["step"], step[quantity]) for step in steps if math.isfinite(step.get(quantity, math.nan))]
-
-
-def _curve(key: str, label: str, logged: Mapping[int, list[tuple[float, float]]], arms: Sequence[Arm]) -> Drawing:
-    def draw(axes: Any) -> None:
-        for position, points in logged.items():
-            steps, values = np.array(points).T
-            smooth = _smoothed(values)
-            axes.plot(steps, values, color=_line(position)["color"], alpha=0.25, linewidth=0.8)
-            marker = "o" if len(points) == 1 else None
-            axes.plot(steps, smooth, label=arms[position].name, linewidth=1.8, marker=marker, **_line(position))
-        axes.set(xlabel="Step", ylabel=label)
-        _legend_above(axes)
-
-    long = any(len(points) >= _SMOOTHED_FROM for points in logged.values())
-    ends = (f"{arms[at].name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for at, points in logged.items())
-    return Drawing(
-        _draw(key, draw),
-        f"{label} by step" + (", running mean before the values themselves." if long else "."),
-        f"{label} by step: {', '.join(ends)}.",
-    )
-
-
-def _smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Running mean over a thirtieth of the steps; a short curve is left as it is."""
-    if len(values) < _SMOOTHED_FROM:
-        return values
-    width = len(values) // 30 | 1
-    counted = np.convolve(np.ones_like(values), np.ones(width), "same")
-    return np.asarray(np.convolve(values, np.ones(width), "same") / counted)
-
-
-def _behaviour_figures(comparison: Comparison, split: str) -> Iterable[Drawing]:
-    arms, threshold = comparison.arms, comparison.threshold
-    key = f"split-{comparison.splits.index(split)}"
-    counts = {arm.name: arm.outcomes[split].rationality(threshold)._asdict() for arm in arms}
-
-    def bars(axes: Any) -> None:
-        left = np.zeros(len(counts))
-        for quadrant, color in _QUADRANTS.items():
-            shares = np.array([of[quadrant] / max(1, sum(of.values())) for of in counts.values()])
-            axes.barh(
-                range(len(counts)), shares, left=left, height=0.62, color=color, edgecolor="white", label=quadrant
-            )
-            for row, share in enumerate(shares):
-                if share >= 0.06:
-                    ink = _INK if quadrant in ("RW", "WW") else "white"
-                    axes.text(left[row] + share / 2, row, f"{100 * share:.0f}", color=ink, ha="center", va="center")
-            left += shares
-        axes.set_yticks(range(len(counts)), list(counts))
-        axes.invert_yaxis()
-        axes.set(xlim=(0, 1), xlabel="Share of images with evidence")
-        axes.grid(visible=False)
-        _legend_above(axes, columns=4)
-
-    def by_threshold(axes: Any) -> None:
-        thresholds = np.linspace(0.02, 1.0, 99)
-        for position, arm in enumerate(arms):
-            outcomes = arm.outcomes[split]
-            curve = [rationality(outcomes.correct, outcomes.rma, float(t)).PT for t in thresholds]
-            axes.plot(thresholds, curve, label=arm.name, linewidth=1.8, **_line(position))
-        reference = next(arm for arm in arms if arm.name == comparison.reference).outcomes[split]
-        floor = [reference.uniform_PT(float(t)) for t in thresholds]
-        axes.plot(thresholds, floor, label="uniform map", color="#9aa3ad", linewidth=1.2)
-        axes.axvline(threshold, color=_INK, linewidth=0.8)
-        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="RMA threshold", ylabel="PT")
-        _legend_above(axes)
-
-    described = "; ".join(f"{name}: " + ", ".join(f"{q} {n}" for q, n in of.items()) for name, of in counts.items())
-    yield Drawing(
-        _draw(f"{key}-quadrants", bars, height=1.2 + 0.5 * len(arms)),
-        "Predictions (first letter) and rationales (second letter), right or wrong, in per cent.",
-        f"Images with evidence by quadrant. {described}.",
-    )
-    values = ", ".join(f"{name} {_percent(of[split]['PT'])} %" for name, of in comparison.numbers.items())
-    yield Drawing(
-        _draw(f"{key}-thresholds", by_threshold),
-        f"PT by the RMA that counts as right; the line marks {threshold:g}. An arm that is ahead at one threshold "
-        "only is not ahead.",
-        f"PT at threshold {threshold:g}: {values}.",
-    )
-
-
-# Gallery
-
-
-def _gallery(comparison: Comparison, split: str) -> list[dict[str, Any]]:
-    """The images that every arm with a gallery has kept, with each arm's heatmap."""
-    showing = [arm for arm in comparison.arms if arm.gallery.get(split)]
-    if not showing:
-        return []
-    kept = [s for s in showing[0].gallery[split] if all(s in arm.gallery[split] for arm in showing)]
-    return [_gallery_entry(showing, split, sample_id, comparison.threshold) for sample_id in kept[:_GALLERY_LIMIT]]
-
-
-def _gallery_entry(arms: Sequence[Arm], split: str, sample_id: str, threshold: float) -> dict[str, Any]:
-    first = arms[0].outcomes[split]
-    row = first.sample_ids.index(sample_id)
-    label = first.class_names[int(first.labels[row])]
-    shown = arms[0].gallery[split][sample_id]
-    views = [
-        {
-            "title": "image",
-            "picture": _picture(_outlined(*_sized(shown.image, shown.mask))),
-            "alt": f"{label}: the image" + (" with the evidence outlined" if (shown.mask == OBJECT).any() else ""),
-            "lines": [("", "evidence outlined" if (shown.mask == OBJECT).any() else "no evidence in view")],
-        }
-    ]
-    for arm in arms:
-        outcomes = arm.outcomes[split]
-        predicted = outcomes.class_names[int(outcomes.predictions[row])]
-        rma, correct = float(outcomes.rma[row]), bool(outcomes.correct[row])
-        rationale = "no evidence" if math.isnan(rma) else f"RMA {rma:.2f}"
-        mark = "" if math.isnan(rma) else _mark(rma >= threshold)
-        view = arm.gallery[split][sample_id]
-        empty = not (view.heatmap > 0).any()
-        views.append(
-            {
-                "title": arm.name,
-                "picture": _picture(_overlay(*view)),
-                "alt": f"{arm.name}: {'empty heatmap' if empty else 'heatmap'} over the image; predicts {predicted}, "
-                f"{'right' if correct else 'wrong'}; {rationale}",
-                "lines": [(_mark(correct), predicted), (mark, rationale + (", empty map" if empty else ""))],
-            }
-        )
-    return {"sample_id": sample_id, "label": label, "views": views}
-
-
-def _mark(is_right: bool) -> str:
-    return "\N{CHECK MARK}" if is_right else "\N{BALLOT X}"
-
-
-def _sized(image: Pixels, mask: Pixels) -> tuple[Pixels, Pixels]:
-    """Image and mask at the size of a thumbnail: small ones enlarged by whole pixels."""
-    longest = max(image.shape[:2])
-    if longest < _THUMBNAIL_PX:
-        times = math.ceil(_THUMBNAIL_PX / longest)
-        return image.repeat(times, 0).repeat(times, 1), mask.repeat(times, 0).repeat(times, 1)
-    size = tuple(max(1, round(side * _THUMBNAIL_PX / longest)) for side in image.shape[1::-1])
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BOX)
-    return np.asarray(resized), np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-
-
-def _overlay(image: Pixels, mask: Pixels, heatmap: npt.NDArray[np.float32]) -> Pixels:
-    """The heatmap, by nearest neighbour, over a grey image; opaque where it is strong."""
-    pixels, resized_mask = _sized(image, mask)
-    height, width = pixels.shape[:2]
-    rows = np.arange(height) * heatmap.shape[0] // height
-    columns = np.arange(width) * heatmap.shape[1] // width
-    peak = float(heatmap.max(initial=0.0))
-    strength = (heatmap / peak if peak > 0 else heatmap)[rows][:, columns]
-    colors = mpl.colormaps["inferno"](strength)[..., :3] * 255
-    alpha = (0.15 + 0.65 * strength)[..., None] if peak > 0 else np.zeros((height, width, 1))
-    grey = pixels.mean(axis=2, keepdims=True)
-    blended = (1 - alpha) * grey + alpha * colors
-    return _outlined(np.rint(blended).clip(0, 255).astype(np.uint8), resized_mask)
-
-
-def _outlined(pixels: Pixels, mask: Pixels) -> Pixels:
-    """The mask's outline in white, with a dark rim so that it shows on any ground."""
-    inside = mask == OBJECT
-    rim, outlined = _grown(inside, 1) & ~inside, pixels.copy()
-    outlined[rim] = (0, 0, 0)
-    outlined[inside & _grown(~inside, 2)] = (255, 255, 255)
-    return outlined
-
-
-def _grown(region: npt.NDArray[np.bool_], steps: int) -> npt.NDArray[np.bool_]:
-    """A region and its neighbours within some steps."""
-    for _ in range(steps):
-        padded = np.pad(region, 1)
-        region = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-    return region
-
-
-def _picture(pixels: Pixels) -> dict[str, Any]:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", quality=80, method=4)
-    encoded = base64.b64encode(file.getvalue()).decode()
-    return {
-        "source": f"data:image/webp;base64,{encoded}",
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
-    }

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from evidence_ft.classifier import FineTuning
 from evidence_ft.distributed import gather, mean_over_defined
 from evidence_ft.evidence import mask_to_grid
-from evidence_ft.samples import Augmentation, ModelInputs, collate
 from evidence_ft.tower import Layers
+from evidence_ft.transforms import Augmentation, ModelInputs, collate
 from evidence_ft.types import Batch, Losses, ScoreFn, VisionTrace
 
 Heatmap = Callable[..., Tensor]

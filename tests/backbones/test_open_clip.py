@@ -151,7 +151,8 @@ class TestRealModel:
     """A timm trunk inside open_clip, pre-trained."""
 
     def test_preprocessing_equals_open_clips_own(self, real_data):
-        from evidence_ft.samples import Sample, SampleTransform
+        from evidence_ft.samples import Sample
+        from evidence_ft.transforms import SampleTransform
 
         checkpoint = f"local-dir:{real_data / 'vit_ti_lit'}"
         encoder = backbone.load(checkpoint)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from evidence_ft.datasets import coco
-from evidence_ft.samples import DataError, check_sample, validate
+from evidence_ft.images import DataError
+from evidence_ft.samples import check_sample, validate
 
 REAL = Path(__file__).resolve().parents[2] / "../shared/real/tiny_imagenet_boxes"
 WIDTH, HEIGHT = 12, 10

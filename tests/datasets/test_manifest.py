@@ -9,7 +9,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from evidence_ft.datasets import manifest
-from evidence_ft.samples import DataError, validate
+from evidence_ft.images import DataError
+from evidence_ft.samples import validate
 
 REAL = Path(__file__).resolve().parents[2] / "../shared/real/white_blood_cells"
 WIDTH, HEIGHT = 6, 4

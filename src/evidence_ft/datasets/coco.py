@@ -48,20 +48,8 @@ import numpy as np
 from pycocotools import mask as rle
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from evidence_ft.samples import (
-    SHOWN,
-    Box,
-    DataError,
-    DatasetConfig,
-    EvidenceDataset,
-    MaskArray,
-    Sample,
-    check_box,
-    choose_classes,
-    fill_box,
-    first_per_class,
-    read_image,
-)
+from evidence_ft.images import Box, DataError, MaskArray, check_box, fill_box, read_image
+from evidence_ft.samples import SHOWN, DatasetConfig, EvidenceDataset, Sample, choose_classes, first_per_class
 from evidence_ft.types import BACKGROUND, OBJECT, MaskSource
 
 

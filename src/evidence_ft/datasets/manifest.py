@@ -48,21 +48,15 @@ import pyarrow as pa
 from pyarrow import parquet
 from pydantic import Field
 
+from evidence_ft.images import Box, DataError, MaskArray, check_box, fill_box, read_image, read_mask
 from evidence_ft.samples import (
     SHOWN,
-    Box,
-    DataError,
     DatasetConfig,
     EvidenceDataset,
-    MaskArray,
     Sample,
-    check_box,
     choose_classes,
-    fill_box,
     first_per_class,
     nearest_name,
-    read_image,
-    read_mask,
 )
 from evidence_ft.types import MaskSource
 
