@@ -2,8 +2,8 @@
 
     python benchmarks/step_cost.py --checkpoint toy_clip
 
-Variants take turns, so that a machine that slows down slows all of them; the median over rounds is printed. Memory is the
-peak that torch allocated on a GPU; on a CPU it is not measured.
+Variants take turns, so that a machine that slows down slows all of them; the median over rounds is printed. Memory is
+the peak that torch allocated on a GPU; on a CPU it is not measured.
 """
 
 import statistics

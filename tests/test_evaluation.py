@@ -50,7 +50,8 @@ def test_the_table_holds_what_one_image_at_a_time_gives(classifier):
             assert outcomes.mask_share[row].isnan()
             continue
         gradients = torch.autograd.grad(logits[dataset.labels[row]], trace.attention)
-        heatmap = by_definition.generic_attention_attribution([a[0] for a in trace.attention], [g[0] for g in gradients])
+        attentions = [attention[0] for attention in trace.attention]
+        heatmap = by_definition.generic_attention_attribution(attentions, [gradient[0] for gradient in gradients])
         mask = torch.zeros(4, 6)
         mask[1:3, 1:4] = 1
         assert outcomes.rma[row].item() == pytest.approx(by_definition.rma(heatmap.reshape(4, 6), mask), abs=1e-4)

@@ -21,10 +21,8 @@ def launch(*arguments, processes=1, cwd):
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *(ROOT / "recipes" / "flcp_evidence.py", *arguments),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    options = {"cwd": cwd, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.slow
@@ -53,7 +51,7 @@ def test_a_mistake_ends_with_its_message_and_no_run(tmp_path):
     assert result.returncode != 0
     assert "error: " in result.stderr
     assert "nowhere.csv" in result.stderr
-    assert "recipes/flcp_evidence.py\", line" not in result.stderr  # no traceback of ours
+    assert 'recipes/flcp_evidence.py", line' not in result.stderr  # no traceback of ours
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,9 +1,8 @@
 """What an experiment can be told, read strictly from YAML and dotted flags.
 
 Data sets and methods bring their own `Config`; which one applies is decided by ``data.format`` and
-``method.name``: the name of a file in ``datasets`` and ``methods``, or the dotted path of a module elsewhere. Everything
-is checked before anything is loaded: an unknown key, a wrong type or a bad choice is one error that names the dotted
-key.
+``method.name``: the name of a file in ``datasets`` and ``methods``, or the dotted path of a module elsewhere. All is
+checked before anything is loaded: an unknown key, a wrong type or a bad choice is one error that names the dotted key.
 """
 
 import argparse

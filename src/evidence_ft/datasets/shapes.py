@@ -84,7 +84,11 @@ class Shapes:
         """The image of a row with what a caption can say about it."""
         generator = np.random.default_rng([self.seed, SPLITS.index(self.split), row])
         label = self.labels[row]
-        tag = {"plain": None, "shifted": int(generator.integers(len(CLASS_NAMES)))}.get(self.split, label)
+        tag: int | None = label
+        if self.split == "shifted":
+            tag = int(generator.integers(len(CLASS_NAMES)))
+        elif self.split == "plain":
+            tag = None
         return draw(generator, label, tag)
 
 
