@@ -41,14 +41,14 @@ def test_the_mask_is_one_object_whose_pixels_the_tag_does_not_touch():
         assert changed.any()
         assert not (changed & (plain.mask == 1)).any()
         rows, columns = np.nonzero(changed)
-        assert np.ptp(rows) < 10
-        assert np.ptp(columns) < 10
+        assert np.ptp(rows) < shapes._TAG
+        assert np.ptp(columns) < shapes._TAG
 
 
 def tag_of(data, row):
     """The class whose tag is in an image, found by looking for its colours."""
     pixels = np.asarray(data[row].image, float)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (10, 10), axis=(0, 1))
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (shapes._TAG, shapes._TAG), axis=(0, 1))
     distances = [
         np.abs(windows - shapes._tag(label).transpose(2, 0, 1)).mean(axis=(2, 3, 4)).min()
         for label in range(len(shapes.CLASS_NAMES))

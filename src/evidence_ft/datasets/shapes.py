@@ -1,8 +1,8 @@
 """Shapes: objects with exact masks on clutter, and a shortcut that gives the class away.
 
 What: eight shapes (circle, square, triangle, ...), one to an image of 64 x 64 pixels, in any colour, size, place and
-slight rotation, over a noisy gradient with strokes and specks. Beside the object lies a *tag*: a small two-coloured
-patch, whose colours stand for a class.
+slight rotation, over a noisy gradient with strokes and specks. Beside the object lies a *tag*: a small square whose
+colour stands for a class.
 
 Splits: in ``train`` and ``test`` the tag names the image's class, so a model can be right by reading the tag. In
 ``shifted`` the tag is drawn at random: only a model that looks at the object stays right. ``plain`` has no tags; what
@@ -29,7 +29,7 @@ SIZE = 64
 """Side of an image in pixels."""
 
 _OVERSAMPLING = 4
-_TAG = 10  # side of a tag in pixels
+_TAG = 13  # side of a tag in pixels
 
 
 class Config(BaseModel):
@@ -40,7 +40,7 @@ class Config(BaseModel):
     format: Literal["shapes"] = Field("shapes", description="generated shapes with a shortcut")
     train_split: str = Field("train", description="split that is trained on")
     test_splits: tuple[str, ...] = Field(("test", "shifted"), description="splits that are evaluated")
-    train_images: int = Field(2000, gt=0, description="images to train on")
+    train_images: int = Field(4000, gt=0, description="images to train on")
     test_images: int = Field(500, gt=0, description="images of each other split")
     seed: int = Field(0, ge=0, description="seed of the images, apart from the run's own")
     on_bad_sample: Literal["error", "skip"] = Field("error", description="generated images are never bad")
@@ -203,11 +203,9 @@ def _shape(name: str, centre: NDArray[np.float64], radius: float, angle: float) 
 
 
 def _tag(label: int) -> NDArray[np.float64]:
-    """Stripes in two colours that stand for a class."""
-    hue = label / len(CLASS_NAMES)
+    """The colour that stands for a class."""
     patch = np.empty((_TAG, _TAG, 3))
-    patch[:] = _rgb(hue, 1, 1)
-    patch[(np.arange(_TAG) // 2) % 2 == 1] = _rgb((hue + 0.37) % 1, 1, 0.6)
+    patch[:] = _rgb(label / len(CLASS_NAMES), 1, 1)
     return patch
 
 
