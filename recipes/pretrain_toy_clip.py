@@ -43,7 +43,7 @@ class Config:
 
     output: Path
     """folder for the model, in open_clip's layout"""
-    images: int = 40_000
+    images: int = 20_000
     """images drawn once, before training"""
     epochs: int = 10
     """passes over the images; captions are drawn anew in each"""

@@ -83,6 +83,7 @@ def test_help_names_flags_with_their_meaning(capsys):
         (["--method.name", "flpc"], "method.name: no methods named 'flpc'; did you mean 'flcp'?"),
         (["--evidence.heatmap", "gradcam"], "no heatmaps named 'gradcam'"),
         (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
+        (["evidence.weight=0"], "'evidence.weight=0' is no flag; write --evidence.weight 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_error(capsys, arguments, message):
@@ -105,6 +106,9 @@ def test_a_mistake_on_the_command_line_is_one_clear_error(capsys, arguments, mes
         ({"run": {"arms": ["base"]}}, "run.arms.0 = 'base'"),
         ({"run": {"arms": []}}, "run.arms = []"),
         ({"run": {"name": "../up"}}, "run.name = '../up'"),
+        ({"run": {"name": ".."}}, "run.name = '..'"),
+        ({"method": {"name": "flcp", "template": "a cell"}}, "expected exactly one {}"),
+        ({"method": {"name": "flcp", "template": "a {x}"}}, "expected exactly one {}"),
         ({"data": {"format": "manifest"}}, "data.file is missing"),
         ({"data": {"format": "shapes", "root": "x"}}, "unknown key 'data.root'"),
         ({"data": {"format": 3}}, "data.format is 3"),
@@ -143,6 +147,9 @@ def test_an_empty_file_is_all_defaults(tmp_path):
 
 
 def test_names_reach_modules_of_other_packages():
-    assert component("heatmaps", "tests.by_definition").__name__ == "tests.by_definition"
+    ours = component("heatmaps", "evidence_ft.heatmaps.gradient_attention")
+    assert ours is component("heatmaps", "gradient_attention")
+    with pytest.raises(ConfigError, match=r"'tests\.by_definition' is no member of heatmaps: it has no heatmap"):
+        component("heatmaps", "tests.by_definition")
     with pytest.raises(ConfigError, match=r"no heatmaps named .tests\.nowhere."):
         component("heatmaps", "tests.nowhere")

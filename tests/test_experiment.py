@@ -167,6 +167,17 @@ class TestBadInput:
             run(small(tmp_path, run={"device": "cuda"}))
 
 
+def test_layers_that_do_not_exist_are_named_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation\.layers = \[7\], but the image tower has 4 blocks"):
+        run(small(tmp_path, evaluation={"layers": [7]}))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_arms_that_were_judged_otherwise_are_refused_before_training(finished):
+    with pytest.raises(ConfigError, match=r"baseline holds an arm that was judged .* choose another run\.name"):
+        run(small(finished.parent, run={"arms": ["evidence"]}, evaluation={"threshold": 0.7}))
+
+
 def test_bad_samples_are_skipped_counted_and_listed(tmp_path):
     generator = np.random.default_rng(0)
     rows = ["sample_id,image,mask,label,split"]

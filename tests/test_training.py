@@ -206,8 +206,30 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice():
     def broken(heatmaps, masks):
         return outside_mass.loss(heatmaps, masks) * float("inf")
 
-    with pytest.raises(TrainingError, match=r"learning_rate|does not reach"):
+    with pytest.raises(TrainingError, match=r"gradient of the evidence loss .* is nan"):
         fit(make_step(alignment=broken))
+    with pytest.raises(TrainingError, match=r"step 1: evidence loss is inf; lower training\.learning_rate"):
+        fit(make_step(weight=0.0, alignment=broken))
+
+
+def test_a_heatmap_that_is_nan_does_not_pass_for_an_image_without_evidence():
+    def undefined(trace, score, *, create_graph):
+        return gradient_attention.heatmap(trace, score, create_graph=create_graph) * float("nan")
+
+    with pytest.raises(TrainingError, match="step 1: evidence loss is inf"):
+        fit(make_step(weight=0.0, heatmap=undefined))
+
+
+def test_a_batch_without_evidence_logs_no_evidence_loss(tmp_path):
+    step = make_step(weight=0.0)
+    inputs = make_inputs(step.encoder)
+    inputs.dataset.mask_sources = ["none"] * len(inputs)
+    Trainer(TrainerConfig(epochs=1, batch_size=4), Accelerator(cpu=True), tmp_path / "m.jsonl").fit(
+        step, inputs, seed=0
+    )
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert records
+    assert not any("evidence_loss" in record for record in records)
 
 
 def test_fewer_images_than_a_batch_are_refused_with_the_largest_size_that_fits():

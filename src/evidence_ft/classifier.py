@@ -3,15 +3,26 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from evidence_ft.encoder import DualEncoder
 from evidence_ft.tower import ImageTower
 from evidence_ft.types import ScoreFn
+
+
+def _has_one_place(template: str) -> str:
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise ValueError("expected exactly one {}, where the class name goes, and no other braces")
+    return template
+
+
+Template: TypeAlias = Annotated[str, AfterValidator(_has_one_place)]
+"""Caption of a class, such as ``a photo of a {}``; without the name in it all classes would be one."""
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ScoreFn]]
 """Features ``(B, F)`` and labels ``(B,)`` to the task loss ``()`` and the score of each image's own label."""

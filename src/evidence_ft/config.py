@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_ar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evidence_ft.training import TrainerConfig
 
@@ -37,13 +37,18 @@ class _Section(BaseModel):
 class RunConfig(_Section):
     """What is run, and where it is written."""
 
-    name: str = Field("quickstart", pattern=r"^[\w.-]+$", description="folder of the run")
+    name: str = Field("quickstart", pattern=r"^\w[\w.-]*$", description="folder of the run")
     directory: Path = Field(Path("runs"), description="folder of all runs")
     seed: int = Field(0, ge=0, description="of training: order of images, augmentation")
     arms: tuple[Arm, ...] = Field(
         ("zero_shot", "baseline", "evidence"), min_length=1, description="what is run, then compared"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is what accelerate launch chose")
+
+    @field_validator("arms")
+    @classmethod
+    def _each_once(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        return tuple(dict.fromkeys(arms))
 
 
 class ModelConfig(_Section):
@@ -91,11 +96,20 @@ class ExperimentConfig(_Section, Generic[D, M]):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
+_EXPORTS = {
+    "alignments": ("loss",),
+    "backbones": ("load",),
+    "datasets": ("Config", "load"),
+    "heatmaps": ("heatmap",),
+    "methods": ("Config", "prepare"),
+}
+
+
 def component(family: str, name: str) -> ModuleType:
     """The module that a name stands for: a file of the family, or any module at a dotted path.
 
     Raises:
-        ConfigError: no such module; lists what there is.
+        ConfigError: no such module, or one that does not export what its family does.
 
     Example:
         >>> component("alignments", "outside_mass").__name__
@@ -103,9 +117,9 @@ def component(family: str, name: str) -> ModuleType:
     """
     path = name if "." in name else f"evidence_ft.{family}.{name}"
     try:
-        return importlib.import_module(path)
+        module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if not path.startswith(str(error.name)):
+        if not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not
         package = importlib.import_module(f"evidence_ft.{family}")
         known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
@@ -114,6 +128,10 @@ def component(family: str, name: str) -> ModuleType:
         raise ConfigError(
             f"no {family} named {name!r}; {hint}there are {', '.join(known)}, or a dotted path to a module of yours"
         ) from error
+    missing = [export for export in _EXPORTS[family] if not hasattr(module, export)]
+    if missing:
+        raise ConfigError(f"module {path!r} is no member of {family}: it has no {' and no '.join(missing)}")
+    return module
 
 
 def parse(tree: dict[str, Any], source: str = "config") -> ExperimentConfig[Any, Any]:
@@ -217,12 +235,11 @@ def _parse_command_line(default: Path, description: str, arguments: Sequence[str
         config=(tyro.conf.AvoidSubcommands,),
     )
     if unknown:
+        if not unknown[0].startswith("-"):
+            raise ConfigError(f"command line: {unknown[0]!r} is no flag; write --evidence.weight 0")
         flags = {f"--{key}".replace("_", "-") for key in ("config", "print_config", *_keys(kind))}
-        raise ConfigError(
-            "\n".join(
-                _unknown(argument, sorted(flags), "command line") for argument in unknown if argument.startswith("-")
-            )
-        )
+        named = [argument for argument in unknown if argument.startswith("-")]
+        raise ConfigError("\n".join(_unknown(argument, sorted(flags), "command line") for argument in named))
     chosen: BaseModel = command.experiment
     config = parse(chosen.model_dump(), "command line")
     if command.print_config:

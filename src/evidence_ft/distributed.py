@@ -48,6 +48,15 @@ def gather_with_grad(local: Tensor) -> Tensor:
     return gathered
 
 
+def mean_over_processes(local: Tensor) -> Tensor:
+    """The mean of each entry over processes, without gradient; what data parallelism does to gradients."""
+    if num_processes() == 1:
+        return local
+    total = local.clone()
+    dist.all_reduce(total)
+    return total / num_processes()
+
+
 def mean_over_defined(per_image: Tensor) -> Tensor:
     """Mean of the entries that are not NaN, over all processes' images.
 

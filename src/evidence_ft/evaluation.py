@@ -48,7 +48,7 @@ def evaluate(
     """Predict, explain and judge every image, then predict those with a mask again on another background.
 
     Args:
-        classifier: what is evaluated; comes out as it went in.
+        classifier: what is evaluated; is moved to the accelerator's device and put into evaluation mode.
         inputs: test images, without augmentation.
         heatmap: the map it is judged by.
         accelerator: spreads the images over processes; every process receives the whole table.
@@ -61,7 +61,7 @@ def evaluate(
     """
     device = accelerator.device
     classifier.tower.eval().to(device)
-    classifier.head.to(device)
+    classifier.head.eval().to(device)
 
     def judge(batch: Batch) -> _PerImage:
         trace = classifier.tower.trace(batch.images, layers)
@@ -97,8 +97,9 @@ def evaluate(
             batch_size,
             f"{description}, swapped",
         )
-        for position, prediction in zip(rows.tolist(), predictions.tolist(), strict=True):
-            swapped_prediction[swapped.rows[position]] = prediction
+        in_order = predictions[_each_once(rows, len(swapped))]
+        for row, prediction in zip(swapped.rows, in_order.tolist(), strict=True):
+            swapped_prediction[row] = prediction
     columns = {name: values[order] for name, values in judged._asdict().items() if name != "rows"}
     return Outcomes.from_columns(
         sample_id=list(dataset.sample_ids),
@@ -160,8 +161,9 @@ def explain_panel(
     rows: Sequence[int],
     *,
     layers: Layers = "all",
+    explain: Literal["label", "prediction"] = "label",
 ) -> Panel:
-    """Heatmaps of the true class for a few images, on this process alone.
+    """Heatmaps of a few images, on this process alone.
 
     Args:
         classifier: what is explained.
@@ -169,11 +171,13 @@ def explain_panel(
         heatmap: the map to draw.
         rows: images to explain.
         layers: blocks the heatmap is made from.
+        explain: explain the true class or the predicted one.
     """
     device = next(classifier.tower.parameters()).device
     batch = collate([inputs[row] for row in rows])
     trace = classifier.tower.trace(batch.images.to(device), layers)
-    heatmaps = heatmap(trace, classifier.score_of(batch.labels.to(device)), create_graph=False)
+    explained = batch.labels.to(device) if explain == "label" else classifier.head(trace.features).argmax(dim=-1)
+    heatmaps = heatmap(trace, classifier.score_of(explained), create_graph=False)
     return Panel(batch.rows, batch.images, batch.masks, heatmaps.float().cpu())
 
 

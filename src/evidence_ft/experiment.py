@@ -21,12 +21,13 @@ from evidence_ft.classifier import Classifier, FineTuning
 from evidence_ft.config import Arm, ConfigError, ExperimentConfig, component, parse, parse_command_line
 from evidence_ft.encoder import CheckpointError, DualEncoder
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
+from evidence_ft.files import RunFileError
 from evidence_ft.images import DataError
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.report import format_table, write_comparison
 from evidence_ft.runs import DataRecord, RunRecord, SkippedSample, StoredFile, environment, write_config
 from evidence_ft.samples import EvidenceDataset, fingerprint, validate
-from evidence_ft.tower import UnsupportedTowerError
+from evidence_ft.tower import UnsupportedTowerError, resolve_layers
 from evidence_ft.training import EvidenceTerm, Fitted, Trainer, TrainingError, TrainingStep
 from evidence_ft.transforms import ModelInputs, SampleTransform, to_pixels
 
@@ -57,7 +58,7 @@ def main(default: Path, description: str) -> None:
     config = parse_command_line(default, description)
     try:
         directory = run(config)
-    except (CheckpointError, ConfigError, DataError, TrainingError, UnsupportedTowerError) as error:
+    except (CheckpointError, ConfigError, DataError, RunFileError, TrainingError, UnsupportedTowerError) as error:
         raise SystemExit(f"error: {error}") from error
     if directory is not None:
         sys.stdout.write(f"\n{(directory / 'comparison.html').resolve()}\n")
@@ -83,6 +84,7 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
     if config.data.train_split in splits:
         config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     directory = config.run.directory / config.run.name
+    _check_others(config, splits, directory)
     for arm in config.run.arms:
         _run_arm(arm, config, splits, directory / arm, accelerator)
     accelerator.end_training()
@@ -104,6 +106,8 @@ def _accelerator(config: ExperimentConfig[Any, Any]) -> Accelerator:
         raise ConfigError(
             f"run.device = 'cuda', but accelerate was launched for {accelerator.device}; launch it without --cpu"
         )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("mixed precision fp16 underflows in heatmap gradients; launch with bf16 or no")
     if accelerator.is_main_process:
         _log.info(
             "device %s, %d process(es), mixed precision %s",
@@ -176,10 +180,17 @@ def _run_arm(
     start = encoder.fingerprint()
     names = next(iter(splits.values())).dataset.class_names
     tuning: FineTuning = component("methods", config.method.name).prepare(encoder, names, config.method)
+    _check_layers(config, encoder)
+    if arm != "zero_shot" and not tuning.trains:
+        raise ConfigError(f"method.name = {config.method.name!r} trains nothing; set run.arms to zero_shot")
     _make_room(directory, accelerator)
+    model = {"backbone": config.model.backbone, "checkpoint": config.model.checkpoint, "sha256": start}
     training = None
     if arm != "zero_shot":
         training = _train(tuning, config, splits[config.data.train_split].dataset, directory, accelerator, arm)
+        model["fine_tuned_sha256"] = encoder.fingerprint()
+        if accelerator.is_main_process:
+            tuning.save(directory / "model")  # before the evaluation: whatever happens there, the training is kept
     classifier = tuning.classifier()
     results, stored = {}, {}
     for split in config.data.test_splits:
@@ -192,10 +203,6 @@ def _run_arm(
             _write_gallery(classifier, encoder, config, splits[split].dataset, directory, split)
     if not accelerator.is_main_process:
         return
-    model = {"backbone": config.model.backbone, "checkpoint": config.model.checkpoint, "sha256": start}
-    if training is not None:
-        tuning.save(directory / "model")
-        model["fine_tuned_sha256"] = encoder.fingerprint()
     write_config(directory, config.model_dump(mode="json"))
     RunRecord(
         arm=arm,
@@ -209,6 +216,32 @@ def _run_arm(
         results=results,
         outcomes=stored,
     ).write(directory)
+
+
+def _check_layers(config: ExperimentConfig[Any, Any], encoder: DualEncoder) -> None:
+    depth = len(encoder.image_tower.blocks())
+    for section, layers in (("evidence", config.evidence.layers), ("evaluation", config.evaluation.layers)):
+        try:
+            resolve_layers(layers, depth)
+        except ValueError as error:
+            raise ConfigError(f"{section}.{error}") from error
+
+
+def _check_others(config: ExperimentConfig[Any, Any], splits: Mapping[str, Split], directory: Path) -> None:
+    """Arms that an earlier run left under this name must be comparable with those that are about to run."""
+    evaluation = config.model_dump(mode="json")["evaluation"]
+    for file in sorted(directory.glob("*/run.json")):
+        arm = file.parent.name
+        if arm in config.run.arms:
+            continue
+        record = RunRecord.read(file.parent)
+        tests = {split: splits[split].record.fingerprint for split in config.data.test_splits}
+        theirs = {split: data.fingerprint for split, data in record.data.items() if split in record.results}
+        if record.config["evaluation"] != evaluation or theirs != tests:
+            raise ConfigError(
+                f"run.name = {config.run.name!r}: {file.parent} holds an arm that was judged on other images or "
+                "by other evaluation settings, and cannot be compared; choose another run.name"
+            )
 
 
 def _train(
@@ -286,6 +319,7 @@ def _write_gallery(
         component("heatmaps", config.evaluation.heatmap).heatmap,
         [annotated[index] for index in chosen],
         layers=config.evaluation.layers,
+        explain=config.evaluation.explain,
     )
     pixels = [torch.from_numpy(to_pixels(image, encoder.preprocessing)) for image in panel.images]
     gallery = Gallery(torch.stack(pixels), panel.masks, panel.heatmaps, panel.rows)

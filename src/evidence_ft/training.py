@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evidence_ft.classifier import FineTuning
-from evidence_ft.distributed import gather, mean_over_defined
-from evidence_ft.evidence import mask_to_grid
+from evidence_ft.distributed import gather, mean_over_defined, mean_over_processes
+from evidence_ft.evidence import has_evidence, mask_to_grid
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import Augmentation, ModelInputs, collate
 from evidence_ft.types import Batch, Losses, ScoreFn, VisionTrace
@@ -79,7 +79,11 @@ class TrainingStep(nn.Module):
         # Evidence is computed in float32 whatever the precision of the rest.
         with torch.autocast(masks.device.type, enabled=False):
             heatmaps = self.evidence.heatmap(trace, score, create_graph=self.evidence.weight > 0)
-            return mean_over_defined(self.evidence.alignment(heatmaps, mask_to_grid(masks, trace.grid)))
+            on_grid = mask_to_grid(masks, trace.grid)
+            per_image = self.evidence.alignment(heatmaps, on_grid)
+            # NaN means "not annotated". On an annotated image it is a fault, which must not pass for that.
+            faulty = has_evidence(on_grid) & per_image.isnan()
+            return mean_over_defined(torch.where(faulty, torch.inf, per_image))
 
 
 class GradientProbe(NamedTuple):
@@ -103,11 +107,12 @@ def probe_gradients(step: TrainingStep, batch: Batch) -> GradientProbe:
     """Check on one batch that the evidence loss is alive.
 
     Args:
-        step: not wrapped; nothing of it changes, gradients and random state included.
+        step: not wrapped; its weights and gradients stay as they are, and so does the random state.
         batch: with at least one annotated image.
 
     Raises:
         InertEvidenceError: the weighted evidence loss reaches no trained parameter.
+        TrainingError: its gradient is not finite.
     """
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
     weight = step.evidence.weight
@@ -119,7 +124,12 @@ def probe_gradients(step: TrainingStep, batch: Batch) -> GradientProbe:
             "detaches what it is given. A heatmap must honour create_graph=True, an alignment must not detach"
         )
     evidence = _gradient_norm(weight * losses.evidence, parameters)
-    if not evidence > 0:
+    if not math.isfinite(evidence):
+        raise TrainingError(
+            f"the gradient of the evidence loss ({losses.evidence.item():.3f} at weight {weight}) is {evidence}: "
+            "heatmap or alignment divides by zero or overflows on this batch"
+        )
+    if evidence == 0:
         raise InertEvidenceError(
             f"the evidence loss ({losses.evidence.item():.3f} at weight {weight}) does not reach any of the "
             f"{len(parameters)} trained parameters: its gradient is {evidence}. Possible reasons: every heatmap is "
@@ -130,9 +140,10 @@ def probe_gradients(step: TrainingStep, batch: Batch) -> GradientProbe:
 
 
 def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-    return torch.stack(squares).sum().sqrt().item() if squares else 0.0
+    """Of the gradient as data parallelism sees it: a process without annotated images contributes zeros."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    squares = [mean_over_processes(gradient.float()).square().sum() for gradient in gradients]
+    return torch.stack(squares).sum().sqrt().item()
 
 
 class TrainerConfig(BaseModel):
@@ -227,7 +238,6 @@ class Trainer:
         wrapped.train()
         first_probe: GradientProbe | None = None
         since_probe, seen, annotated, number = 0, 0, 0, 0
-        records: list[dict[str, float]] = []
         with tqdm(total=total_steps, desc=description, disable=not accelerator.is_main_process) as bar:
             for epoch in range(config.epochs):
                 inputs.set_epoch(epoch)
@@ -255,13 +265,14 @@ class Trainer:
                         for name, value in losses._asdict().items()
                     }
                     record |= {"learning_rate": learning_rate, "gradient_norm": float(norm)}
+                    if not in_view:
+                        del record["evidence_loss"]  # there was none to measure
                     if probe is not None:
                         record["evidence_to_task_gradient_ratio"] = probe.ratio
-                    records.append(record)
-                    bar.set_postfix(task=f"{record['task_loss']:.3f}", evidence=f"{record['evidence_loss']:.3f}")
+                    self._write(record)
+                    evidence = record.get("evidence_loss", math.nan)
+                    bar.set_postfix(task=f"{record['task_loss']:.3f}", evidence=f"{evidence:.3f}")
                     bar.update()
-                self._write(records)
-                records.clear()
         wrapped.eval()
         accelerator.free_memory()
         return Fitted(number, annotated / seen, first_probe)
@@ -287,10 +298,11 @@ class Trainer:
                     f"{self.config.learning_rate}), or set training.max_gradient_norm"
                 )
 
-    def _write(self, records: list[dict[str, float]]) -> None:
+    def _write(self, record: dict[str, float]) -> None:
+        # Step by step: what led to a failure is what one wants to read.
         if self.metrics_file is not None and self.accelerator.is_main_process:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.write(json.dumps(record) + "\n")
 
 
 def _parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, object]]:

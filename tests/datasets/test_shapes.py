@@ -3,6 +3,7 @@ import pytest
 from scipy import ndimage
 
 from evidence_ft.datasets import shapes
+from evidence_ft.images import DataError
 from evidence_ft.samples import check_sample, fingerprint
 
 
@@ -81,5 +82,5 @@ def test_load_reads_sizes_and_seed_from_the_config():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="no split 'val'; choose from train, test, shifted, plain"):
+    with pytest.raises(DataError, match="no split 'val'; choose from train, test, shifted, plain"):
         shapes.load(shapes.Config(), "val")

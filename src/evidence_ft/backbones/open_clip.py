@@ -8,7 +8,6 @@ returns are no substitute: they are not on the path to its output, and have no g
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -33,7 +32,6 @@ EMBEDDED = ("toy_clip",)
 """Checkpoints that come with the package."""
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-_log = logging.getLogger(__name__)
 
 
 def load(checkpoint: str) -> DualEncoder:
@@ -42,27 +40,21 @@ def load(checkpoint: str) -> DualEncoder:
     Args:
         checkpoint: ``toy_clip`` (comes with the package), ``hf-hub:<owner>/<name>``, ``local-dir:<folder>`` or a
             folder in open_clip's layout, or a built-in architecture with a tag or a weights file:
-            ``ViT-B-16/openai``, ``ViT-B-16/weights/my.safetensors``.
+            ``ViT-B-16-quickgelu/openai``, ``ViT-B-16/weights/my.safetensors``.
 
     Raises:
         CheckpointError: unknown name, missing or damaged files, activation that does not fit the weights.
         UnsupportedTowerError: the image tower cannot be explained.
     """
-    name, pretrained, config = _resolve(checkpoint)
+    with _quiet():
+        name, pretrained, config = _resolve(checkpoint)
     try:
-        with warnings.catch_warnings():
-            # With the wrong activation the weights load, and every feature is slightly off.
-            warnings.filterwarnings("error", message="QuickGELU mismatch")
-            with _quiet():
-                model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-                tokenizer = open_clip.get_tokenizer(name)
-    except UserWarning as mismatch:
-        raise CheckpointError(
-            f"{checkpoint}: {mismatch} Use the architecture whose name ends in -quickgelu, or the one without."
-        ) from mismatch
+        with _quiet():
+            model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"could not load {checkpoint!r}: {error}") from error
-    encoder = OpenClipEncoder(model, tokenizer, config, checkpoint)
+    encoder = OpenClipEncoder(model, tokenizer, config, checkpoint).eval()
     check_tower(encoder.image_tower, encoder.preprocessing.size)
     return encoder
 
@@ -90,16 +82,30 @@ def _resolve(checkpoint: str) -> tuple[str, str | None, dict[str, Any]]:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise CheckpointError(
             f"no model {checkpoint!r}: {hint}expected {', '.join(EMBEDDED)}, 'hf-hub:<owner>/<name>', "
-            "'local-dir:<folder>', or a built-in architecture with a tag or file such as 'ViT-B-16/openai'"
+            "'local-dir:<folder>', or a built-in architecture with a tag or file such as 'ViT-B-16-quickgelu/openai'"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags and not Path(pretrained).expanduser().is_file():
         raise CheckpointError(
             f"no weights {pretrained!r} for {name}: neither a file nor one of its tags: {', '.join(tags) or 'none'}"
         )
-    if pretrained not in tags:
+    if pretrained in tags:
+        _check_activation(name, pretrained)
+    else:
         pretrained = str(Path(pretrained).expanduser())
     return name, pretrained, {"model_cfg": open_clip.get_model_config(name)}
+
+
+def _check_activation(name: str, tag: str) -> None:
+    """With the wrong activation the weights load, and every feature is slightly off; open_clip only warns."""
+    of_model = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    of_weights = bool(open_clip.pretrained.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    if of_model != of_weights:
+        other = name.removesuffix("-quickgelu") if of_model else f"{name}-quickgelu"
+        raise CheckpointError(
+            f"weights {tag!r} were trained with {'QuickGELU' if of_weights else 'GELU'}, which {name} does not compute; "
+            f"use {other}/{tag}"
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import BaseModel, ConfigDict, Field
 
+from evidence_ft.images import DataError
 from evidence_ft.samples import Sample
 from evidence_ft.types import MaskSource
 
@@ -39,7 +40,7 @@ class Config(BaseModel):
 
     format: Literal["shapes"] = Field("shapes", description="generated shapes with a shortcut")
     train_split: str = Field("train", description="split that is trained on")
-    test_splits: tuple[str, ...] = Field(("test", "shifted"), description="splits that are evaluated")
+    test_splits: tuple[str, ...] = Field(("test", "shifted"), min_length=1, description="splits that are evaluated")
     train_images: int = Field(4000, gt=0, description="images to train on")
     test_images: int = Field(500, gt=0, description="images of each other split")
     seed: int = Field(0, ge=0, description="seed of the images, apart from the run's own")
@@ -50,10 +51,10 @@ def load(config: Config, split: str) -> "Shapes":
     """One split; images are drawn when they are first asked for.
 
     Raises:
-        ValueError: no such split.
+        DataError: no such split.
     """
     if split not in SPLITS:
-        raise ValueError(f"shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
+        raise DataError(f"shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
     return Shapes(split, config.train_images if split == "train" else config.test_images, config.seed)
 
 

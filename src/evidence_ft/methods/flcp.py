@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from evidence_ft.classifier import FineTuning, fill, prompt_classifier
+from evidence_ft.classifier import FineTuning, Template, fill, prompt_classifier
 from evidence_ft.contrastive import contrastive_loss
 from evidence_ft.distributed import gather, gather_with_grad
 from evidence_ft.encoder import DualEncoder
@@ -35,7 +35,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["flcp"] = Field("flcp", description="fine-tune like CLIP pre-training")
-    template: str = Field("a photo of a {}", description="caption of a class; {} is its name")
+    template: Template = Field("a photo of a {}", description="caption of a class; {} is its name")
     targets: Literal["pair", "class"] = Field(
         "class", description="a caption fits its own image alone (published), or all images of its class"
     )

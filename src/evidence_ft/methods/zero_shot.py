@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from evidence_ft.classifier import FineTuning, prompt_classifier
+from evidence_ft.classifier import FineTuning, Template, prompt_classifier
 from evidence_ft.encoder import DualEncoder
 from evidence_ft.types import ScoreFn
 
@@ -17,7 +17,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["zero_shot"] = Field("zero_shot", description="the pre-trained model as it is")
-    template: str = Field("a photo of a {}", description="caption of a class; {} is its name")
+    template: Template = Field("a photo of a {}", description="caption of a class; {} is its name")
 
 
 def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
