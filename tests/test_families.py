@@ -23,7 +23,7 @@ def modules():
             yield pytest.param(family, module.name, id=f"{family}.{module.name}")
 
 
-@pytest.mark.parametrize(("family", "name"), modules())
+@pytest.mark.parametrize(("family", "name"), list(modules()))
 def test_a_member_exports_its_familys_verb(family, name):
     module = importlib.import_module(f"evidence_ft.{family}.{name}")
     verb, parameters = VERBS[family]

@@ -102,8 +102,11 @@ def test_weight_zero_is_the_baseline_a_plain_loop_gives():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for (name, ours), theirs in zip(step.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    # Not weight by weight: the gradient of a key's bias is zero but for rounding, which AdamW scales up to a full step.
+    images = make_batch(step, rows=range(12)).images
+    torch.testing.assert_close(step.encoder.image_tower(images), plain.image_tower(images), rtol=1e-3, atol=1e-4)
+    moved = step.encoder.image_tower(images) - build_encoder("native").image_tower(images)
+    assert moved.abs().max() > 0.1
 
 
 def test_weight_zero_logs_the_evidence_loss_without_a_graph():

@@ -307,7 +307,7 @@ def _complaints(error: ValidationError, kind: type[BaseModel], source: str) -> I
         # Members of a union appear in the location by their type; they are no keys.
         path = [str(part) for part in detail["loc"]]
         known = list(_keys(kind))
-        while len(path) > 1 and ".".join(path) not in known and ".".join(path[:-1]) in known:
+        while ".".join(path) not in known and not path[-1].isdigit() and ".".join(path[:-1]) in known:
             path.pop()
         key = ".".join(path)
         found = detail["input"]

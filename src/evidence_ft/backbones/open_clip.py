@@ -103,8 +103,8 @@ def _check_activation(name: str, tag: str) -> None:
     if of_model != of_weights:
         other = name.removesuffix("-quickgelu") if of_model else f"{name}-quickgelu"
         raise CheckpointError(
-            f"weights {tag!r} were trained with {'QuickGELU' if of_weights else 'GELU'}, which {name} does not compute; "
-            f"use {other}/{tag}"
+            f"weights {tag!r} were trained with {'QuickGELU' if of_weights else 'GELU'}, which {name} does not "
+            f"compute; use {other}/{tag}"
         )
 
 
