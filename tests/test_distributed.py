@@ -1,7 +1,9 @@
 """Two processes with four images each are one process with eight."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,8 +70,8 @@ def test_two_processes_with_four_images_give_the_gradients_of_one_with_eight(tmp
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)],
         check=True,
-        capture_output=True,
         timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"},
     )
     together = torch.load(tmp_path / "gradients.pt", weights_only=True)
     alone = gradients_of(eight_images())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evidence_ft.encoder import DualEncoder
 from evidence_ft.tower import ImageTower
-from evidence_ft.types import ScoreFn
+from evidence_ft.types import ScoreFn, at_least_float32
 
 
 def _has_one_place(template: str) -> str:
@@ -38,11 +38,11 @@ class PromptHead(nn.Module):
 
     def __init__(self, text_features: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", scale.detach() * F.normalize(text_features.detach().float(), dim=-1))
+        self.register_buffer("weight", scale.detach() * F.normalize(at_least_float32(text_features.detach()), dim=-1))
         self.weight: Tensor
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features.float(), dim=-1) @ self.weight.T
+        return F.normalize(at_least_float32(features), dim=-1) @ self.weight.T
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evidence_ft.types import at_least_float32
+
 
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, positives: Tensor | None = None
@@ -28,13 +30,13 @@ def contrastive_loss(
         >>> contrastive_loss(features, features, torch.tensor(4.0))
         tensor(0.0181)
     """
-    images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-    logits = logit_scale.float() * images @ texts.T
+    images, texts = (F.normalize(at_least_float32(features), dim=-1) for features in (image_features, text_features))
+    logits = logit_scale * images @ texts.T
     if positives is None:
         positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     return (_cross_entropy(logits, positives) + _cross_entropy(logits.T, positives.T)) / 2
 
 
 def _cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    targets = positives.float() / positives.float().sum(dim=1, keepdim=True)
+    targets = positives.to(logits) / positives.sum(dim=1, keepdim=True)
     return F.cross_entropy(logits, targets)

@@ -15,7 +15,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from evidence_ft.types import OBJECT
+from evidence_ft.types import OBJECT, at_least_float32
 
 VALID_FROM = 0.5
 """Evidence is valid from this RMA on, 0.5 itself included (Wang et al., AAAI 2025, arXiv 2412.13333)."""
@@ -49,7 +49,7 @@ def relevance_mass_accuracy(heatmaps: Tensor, masks: Tensor) -> Tensor:
     """Share of each heatmap's mass that lies on the evidence (RMA).
 
     Relevance Mass Accuracy of Arras et al. 2022 (arXiv 2003.07258, eq. 4). Does not depend on the heatmap's
-    scale. Computed in float32.
+    scale. Computed in float32, or float64 where that is given.
 
     Args:
         heatmaps: ``(B, h, w)``, non-negative, any scale.
@@ -77,7 +77,7 @@ def relevance_mass_accuracy(heatmaps: Tensor, masks: Tensor) -> Tensor:
         raise TypeError("float16 heatmaps underflow; compute them in float32 or bfloat16")
     # A product of two small gradients leaves float32 before its ratio does: scale by the peak first. The
     # peak is a constant to autograd, and cancels.
-    heatmaps = heatmaps.float()
+    heatmaps = at_least_float32(heatmaps)
     peak = reduce(heatmaps.detach(), "b h w -> b 1 1", "max")
     scaled = heatmaps / torch.where(peak > 0, peak, 1.0)
     total = reduce(scaled, "b h w -> b", "sum")

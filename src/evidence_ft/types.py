@@ -14,6 +14,7 @@ This module knows nothing of models, data formats or training.
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 BACKGROUND = 0
@@ -26,6 +27,11 @@ ScoreFn: TypeAlias = Callable[[Tensor], Tensor]
 
 MaskSource: TypeAlias = Literal["mask", "box", "none"]
 """Where an evidence mask comes from: drawn pixel by pixel, filled from boxes, or not annotated."""
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class Preprocessing(NamedTuple):

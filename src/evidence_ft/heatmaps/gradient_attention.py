@@ -10,11 +10,11 @@ import torch
 from einops import einsum, reduce
 from torch import Tensor
 
-from evidence_ft.types import ScoreFn, VisionTrace
+from evidence_ft.types import ScoreFn, VisionTrace, at_least_float32
 
 
 def heatmap(trace: VisionTrace, score: ScoreFn, *, create_graph: bool) -> Tensor:
-    """Relevance of each patch for ``score``, in float32.
+    """Relevance of each patch for ``score``, in float32 or better.
 
     Args:
         trace: of a tower that reads its first token.
@@ -30,10 +30,13 @@ def heatmap(trace: VisionTrace, score: ScoreFn, *, create_graph: bool) -> Tensor
         total = score(trace.features).sum()
     gradients = torch.autograd.grad(total, trace.attention, create_graph=create_graph, retain_graph=True)
     batch, _, tokens, _ = trace.attention[0].shape
-    relevance = torch.zeros(batch, tokens, device=trace.features.device)
+    attention_like = at_least_float32(trace.attention[0])
+    relevance = attention_like.new_zeros(batch, tokens)
     relevance[:, 0] = 1
     with torch.set_grad_enabled(create_graph):
         for attention, gradient in zip(reversed(trace.attention), reversed(gradients), strict=True):
-            pull = reduce((attention.float() * gradient.float()).clamp(min=0), "b h q n -> b q n", "mean")
+            pull = reduce(
+                (at_least_float32(attention) * at_least_float32(gradient)).clamp(min=0), "b h q n -> b q n", "mean"
+            )
             relevance = relevance + einsum(relevance, pull, "b q, b q n -> b n")
         return trace.on_grid(relevance)

@@ -23,7 +23,7 @@ from evidence_ft.classifier import FineTuning, Template, fill, prompt_classifier
 from evidence_ft.contrastive import contrastive_loss
 from evidence_ft.distributed import gather, gather_with_grad
 from evidence_ft.encoder import DualEncoder
-from evidence_ft.types import ScoreFn
+from evidence_ft.types import ScoreFn, at_least_float32
 
 MAX_LOGIT_SCALE = math.log(100)
 """As in CLIP's pre-training (Radford et al. 2021, section 2.5)."""
@@ -60,10 +60,10 @@ def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) ->
             everyone = gather(labels)
             positives = everyone[:, None] == everyone[None, :]
         loss = contrastive_loss(gather_with_grad(features), gather_with_grad(text_features), scale, positives)
-        own_caption = F.normalize(text_features.float(), dim=-1)
+        own_caption = F.normalize(at_least_float32(text_features), dim=-1)
 
         def score(features: Tensor) -> Tensor:
-            return scale * (F.normalize(features.float(), dim=-1) * own_caption).sum(dim=-1)
+            return scale * (F.normalize(at_least_float32(features), dim=-1) * own_caption).sum(dim=-1)
 
         return loss, score
 
