@@ -13,12 +13,12 @@ is downloaded or stored. Free of any licence.
 """
 
 import colorsys
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evidence_ft.images import DataError
 from evidence_ft.samples import Sample
@@ -45,6 +45,17 @@ class Config(BaseModel):
     test_images: int = Field(500, gt=0, description="images of each other split")
     seed: int = Field(0, ge=0, description="seed of the images, apart from the run's own")
     on_bad_sample: Literal["error", "skip"] = Field("error", description="generated images are never bad")
+
+    @model_validator(mode="after")
+    def _splits_are_there_and_apart(self) -> Self:
+        for split in (self.train_split, *self.test_splits):
+            if split not in SPLITS:
+                raise ValueError(f"shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
+        if len(set(self.test_splits)) < len(self.test_splits):
+            raise ValueError(f"test_splits lists a split more than once: {', '.join(self.test_splits)}")
+        if self.train_split in self.test_splits:
+            raise ValueError(f"split {self.train_split!r} is both train_split and one of test_splits")
+        return self
 
 
 def load(config: Config, split: str) -> "Shapes":
@@ -121,7 +132,7 @@ def draw(generator: np.random.Generator, label: int, tag: int | None) -> Drawing
     mask = _shape(CLASS_NAMES[label], centre, radius, angle)
     hue = generator.uniform()
     colour = _rgb(hue, generator.uniform(0.5, 1.0), generator.uniform(0.55, 1.0))
-    fill = np.clip(np.asarray(colour) + generator.normal(0, 8, (SIZE, SIZE, 3)), 0, 255)
+    fill = np.clip(np.asarray(colour) + generator.normal(0, 5, (SIZE, SIZE, 3)), 0, 255)
     # Anti-aliased: the edge blends, the mask is where the object has at least half of the pixel.
     alpha = mask[..., None]
     canvas = canvas * (1 - alpha) + fill * alpha
@@ -148,16 +159,16 @@ def _clutter(generator: np.random.Generator) -> NDArray[np.float64]:
     blend = np.clip(0.5 + x * np.cos(direction) + y * np.sin(direction), 0, 1)[..., None]
     image = Image.fromarray((ends[0] * blend + ends[1] * (1 - blend)).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    for _ in range(generator.integers(3, 7)):
+    for _ in range(generator.integers(2, 5)):
         ends_of_stroke = [tuple(point) for point in generator.uniform(-5, SIZE + 5, (2, 2))]
         pen.line(ends_of_stroke, fill=_rgb(generator.uniform(), 0.5, generator.uniform(0.2, 0.9)), width=2)
-    for _ in range(generator.integers(4, 11)):
+    for _ in range(generator.integers(2, 7)):
         cx, cy = generator.uniform(0, SIZE, 2)
         size = generator.uniform(0.8, 2.2)
         colour = _rgb(generator.uniform(), 0.6, generator.uniform(0.3, 1.0))
         pen.rectangle((cx - size, cy - size, cx + size, cy + size), fill=colour)
     blurred = image.filter(ImageFilter.GaussianBlur(0.6))
-    return np.asarray(blurred, float) + generator.normal(0, 5, (SIZE, SIZE, 3))
+    return np.asarray(blurred, float) + generator.normal(0, 3, (SIZE, SIZE, 3))
 
 
 def _shape(name: str, centre: NDArray[np.float64], radius: float, angle: float) -> NDArray[np.float64]:
