@@ -19,7 +19,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,10 @@ class Job(NamedTuple):
 
 
 def settings_of(job: Job) -> ExperimentConfig[Any, Any]:
-    tree = parse(read(job.config), str(job.config), method=job.method).model_dump()
+    file = read(job.config)
+    # A method that the file names for all would be run under every name; a section of `methods` may name its own.
+    file["method"] = {key: value for key, value in (file.get("method") or {}).items() if key != "name"}
+    tree = parse(file, str(job.config), method=job.method).model_dump()
     arms = ARMS.get(job.method, TRAINED)
     tree["run"] |= {"directory": job.runs / job.method, "name": f"seed{job.seed}", "seed": job.seed, "arms": arms}
     tree["training"]["background_swap"] = tree["training"]["background_swap"] if "swap" in arms else 0.0
@@ -364,6 +367,16 @@ def write_table(finished: Sequence[Finished], output: Path, command: str) -> Non
     write_atomically(output / "README.md", readme(finished, command))
 
 
+def command_line(command: Command) -> str:
+    """What makes the same table again."""
+    words = ["python recipes/methods_on_shapes.py"]
+    default = Command()
+    changed = {name: value for name, value in asdict(command).items() if value != getattr(default, name)}
+    words += [f"--{name} {value}" for name, value in changed.items() if isinstance(value, Path)]
+    words += [f"--{name} {' '.join(map(str, value))}" for name, value in changed.items() if isinstance(value, tuple)]
+    return " ".join(words)
+
+
 def main(command: Command) -> None:
     known = list(read(command.config).get("methods", {}))
     if unknown := [method for method in command.methods if method not in known]:
@@ -380,7 +393,7 @@ def main(command: Command) -> None:
     finished = collect(command.runs, known)
     if not finished:
         raise SystemExit(f"error: no finished arms in {command.runs}")
-    write_table(finished, command.output, f"python recipes/methods_on_shapes.py --config configs/{command.config.name}")
+    write_table(finished, command.output, command_line(command))
     print(tables(finished))
     print((command.output / "README.md").resolve())
     raise SystemExit(1 if failures else 0)

@@ -167,6 +167,7 @@ def test_outside_the_step_one_process_alone_can_use_the_model(together):
 
 
 def test_after_looking_training_goes_on_in_shards(together):
+    assert together["whole still"]  # after a look within the look
     assert together["sharded again"]
     assert_same(together["gradients after looking"], together["gradients flcp native"], 1e-12)
 
@@ -233,6 +234,9 @@ def find_out() -> dict[str, object]:
             with torch.no_grad():
                 found["features"] = step.encoder.image_tower(eight_images().images)
             step.encoder.image_tower.trace(batch.images)
+        with unsharded(step):
+            pass
+        found["whole still"] = not any(isinstance(value, DTensor) for value in step.parameters())
     found["sharded again"] = all(isinstance(value, DTensor) for value in step.parameters() if value.ndim)
     step(batch).total.backward()
     found["gradients after looking"] = gradients_of(step)

@@ -423,7 +423,8 @@ def test_a_model_is_uploaded_with_a_card_that_escapes_names(base, tmp_path, monk
             uploaded.update(private=private, exist_ok=exist_ok)
             return SimpleNamespace(repo_id=repo_id)
 
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, revision, commit_message, delete_patterns):
+            assert "*.safetensors" in delete_patterns  # a head of another model must not stay
             uploaded["files"] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
             shutil.copytree(folder_path, tmp_path / "uploaded")
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
@@ -443,3 +444,14 @@ def test_a_model_is_uploaded_with_a_card_that_escapes_names(base, tmp_path, monk
     assert "| weight | a\\|b |" in card
     assert 'EvidenceModel.from_pretrained("me/cats")' in card
     assert EvidenceModel.from_pretrained(tmp_path / "uploaded").class_names == ("cat|<b>", "dog")
+
+
+def test_saving_into_a_folder_keeps_what_others_put_beside_the_model(tmp_path, base):
+    folder = Tuned(base, "lp").save(tmp_path / "model")
+    notes = folder / "notes.md"
+    notes.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"'notes\.md'"):
+        Tuned(base, "lp").save(folder)
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    assert (Tuned(base, "lp").save(folder) / "head.safetensors").is_file()

@@ -210,15 +210,8 @@ def test_two_processes_run_it_too_and_count_every_image_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_terminated_recipe_ends_with_75_and_the_same_command_continues(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "lora.py",
-        *QUICK,
-        "--training.epochs",
-        "50",
-        "--run.arms",
-        "baseline",
-    ]
+    more = ("--training.epochs", "10", "--run.arms", "baseline")
+    command = [sys.executable, ROOT / "recipes" / "lora.py", *QUICK, *more]
     options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
     arm = tmp_path / "runs" / "lora" / "baseline"
     with subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, **options) as process:

@@ -164,6 +164,9 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
     While open, every process holds every parameter whole, as `unshard` leaves it. Changes to parameters are lost.
     """
+    if any("_to_sharded" in vars(group) for group in _groups(module)):  # whole already, and whose it is to shard again
+        yield
+        return
     unshard(module)
     try:
         yield
@@ -189,7 +192,7 @@ def unshard(module: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor as one, without gradient, for all processes at once to call; any other tensor as it is."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:

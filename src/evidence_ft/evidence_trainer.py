@@ -34,7 +34,7 @@ from evidence_ft.outcomes import Outcomes, summarise
 from evidence_ft.samples import EvidenceDataset, OnBadSample, validate
 from evidence_ft.tower import check_tower, resolve_layers
 from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback, TrainerConfig
-from evidence_ft.training import Alignment, EvidenceTerm, Heatmap, TrainingStep, extract_features
+from evidence_ft.training import Alignment, EvidenceTerm, Heatmap, TrainingError, TrainingStep, extract_features
 from evidence_ft.transforms import ModelInputs, SampleTransform
 from evidence_ft.wrapped_datasets import as_evidence_dataset
 
@@ -152,6 +152,7 @@ class EvidenceTrainer:
         self.class_names = self._class_names()
         self.last_metrics: dict[str, dict[str, float]] = {}
         self.steps = 0
+        self._began = False
         prepare, self.method_config = _method(method, method_config)
         set_seed(self.args.seed)
         encoder = _as_encoder(model, architecture)
@@ -206,6 +207,12 @@ class EvidenceTrainer:
             return Fitted(steps=0, annotated=math.nan, first_probe=None, weight=0.0, best_step=None)
         self._start_trackers()
         resume = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else resume_from_checkpoint
+        if resume is True and self._began and not any(args.output_dir.glob("checkpoints/*")):
+            raise TrainingError(
+                f"{args.output_dir} holds no checkpoint, and this model has been trained already: it cannot start from "
+                "the beginning. Make a new EvidenceTrainer; checkpoint_every writes checkpoints along the way"
+            )
+        self._began = True
         swap = BackgroundSwap(dataset, args.background_swap) if args.background_swap else None
         transform = SampleTransform(self.tuning.encoder.preprocessing, args.augmentation)
         fitted = Trainer(args.training, self.accelerator, args.output_dir, self.callbacks).fit(

@@ -67,6 +67,7 @@ _EVIDENCE_ARMS: tuple[Arm, ...] = ("evidence", "evidence_swap")
 _NO_MATTER = {
     *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume")),
     *(f"training.{key}" for key in ("checkpoint_every", "keep_checkpoints", "num_workers")),
+    *(f"training.{key}" for key in ("watch_every", "watch_images")),
 }  # settings that do not decide what an arm finds
 
 
@@ -135,8 +136,6 @@ def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     directory = config.run.directory / config.run.name
     arms = _arms_to_run(config, directory, accelerator)
     splits = _load_splits(config, accelerator)
-    if config.data.train_split in splits:
-        config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     _check_others(config, arms, splits, directory)
     try:
         for arm, resume in arms.items():
@@ -349,6 +348,8 @@ def _run_arm(
         if accelerator.is_main_process:
             _log.warning("%s: skipped, because method %s trains nothing", arm, config.method.name)
         return
+    if tuning.trains:
+        config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     if not resume:
         _make_room(directory, accelerator)
         if accelerator.is_main_process:

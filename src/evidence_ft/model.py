@@ -110,6 +110,7 @@ class Manifest(_Record):
         class_names: in the order of the logits.
         heatmap: file in ``heatmaps`` that predictions are explained by.
         layers: blocks it is made from.
+        files: the other files of the folder; what is not listed was not written by `save_model`.
     """
 
     format_version: Literal[1] = 1
@@ -122,6 +123,7 @@ class Manifest(_Record):
     class_names: tuple[str, ...] = Field(min_length=1)
     heatmap: str
     layers: tuple[int, ...] | Literal["all"]
+    files: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -197,14 +199,16 @@ def save_model(
         layers=layers if layers == "all" else tuple(layers),
     )
     head = {name: tensor.detach().cpu().clone() for name, tensor in tuning.head.state_dict().items()}
-    with _whole_folder(directory, replaces=MANIFEST_FILE) as folder:
+    with _whole_folder(directory) as folder:
         if stored == "whole":
             encoder.save(folder)
         elif stored == "adapter":
             save_adapter(encoder, folder)
         if head:
             save_file(head, folder / HEAD_FILE)
-        write_atomically(folder / MANIFEST_FILE, to_json(manifest.model_dump(mode="json")))
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+        complete = manifest.model_copy(update={"files": files})
+        write_atomically(folder / MANIFEST_FILE, to_json(complete.model_dump(mode="json")))
 
 
 def _what_to_store(encoder: DualEncoder, base: BaseModelRef) -> Literal["base", "adapter", "whole"]:
@@ -239,17 +243,18 @@ def _trained_parts(tuning: FineTuning) -> Iterator[str]:
 
 
 @contextmanager
-def _whole_folder(directory: Path, *, replaces: str | None = None) -> Iterator[Path]:
+def _whole_folder(directory: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of ``directory`` when all is written.
 
     Raises:
-        FileExistsError: ``directory`` is there, is not empty, and does not hold the file ``replaces``.
+        FileExistsError: ``directory`` holds something that no earlier `save_model` wrote.
     """
     directory = directory.expanduser().resolve()
-    is_ours = replaces is not None and (directory / replaces).is_file()
-    if directory.exists() and not is_ours and (directory.is_file() or any(directory.iterdir())):
+    foreign = _foreign_files(directory) if directory.is_dir() else []
+    if foreign or directory.is_file():
         raise FileExistsError(
-            f"{directory} holds something other than a saved model; choose another folder, or empty this one"
+            f"{directory} holds something other than a saved model ({named(foreign) if foreign else 'it is a file'}), "
+            "which would be lost; choose another folder, or empty this one"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
@@ -264,6 +269,15 @@ def _whole_folder(directory: Path, *, replaces: str | None = None) -> Iterator[P
     finally:
         for left in (temporary, replaced):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _foreign_files(directory: Path) -> list[str]:
+    """What is in a folder and not of a saved model."""
+    try:
+        ours = {MANIFEST_FILE, *Manifest.read(directory).files}
+    except CheckpointError:
+        ours = set()
+    return sorted(path.name for path in directory.iterdir() if path.name not in ours)
 
 
 # Reading
@@ -603,8 +617,13 @@ class EvidenceModel:
                 details=details or {},
             )
             write_atomically(folder / "README.md", card)
+            # What another model left in the repository would be loaded with this one.
             commit = hub.upload_folder(
-                repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
+                repo_id=repository,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
             )
         return str(commit.commit_url)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -388,7 +388,10 @@ class _Run:
             return
         self.settings = self._settings(settings)
         found = checkpoints.all_in(self.checkpoints) if self.checkpoints.is_dir() else []
-        if not resume and (found or self.metrics.exists()):
+        goes_on_here = resume is True or (
+            isinstance(resume, Path) and resume.resolve().parent == self.checkpoints.resolve()
+        )
+        if not goes_on_here and (found or self.metrics.exists()):
             raise ResumeError(
                 f"{self.directory} holds an earlier training; resume it, or choose another directory for a new one"
             )
@@ -400,6 +403,9 @@ class _Run:
         if checkpoint is not None:
             checkpoints.check_settings(checkpoint.path, checkpoint.state["settings"], self.settings)
             self._restore(checkpoint)
+        elif rank := self.accelerator.process_index:
+            # All processes were seeded alike, to build the same model; from here on each draws its own.
+            set_seed(int(np.random.SeedSequence([self.seed, rank]).generate_state(1)[0]))
         self.accelerator.wait_for_everyone()  # all have read before the first one writes
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -440,11 +446,16 @@ class _Run:
                         self.save_or_stop(asked_to_stop())
                         if progress.stopped:
                             break
+        if self._anyone(asked_to_stop()):  # while the last loaders ended
+            raise Interrupted(progress.number, self.save())
+
+    def _anyone(self, asked_to_stop: bool) -> bool:
+        return bool(gather(torch.tensor([asked_to_stop], device=self.accelerator.device)).any())
 
     def save_or_stop(self, asked_to_stop: bool) -> None:
         """Between two steps: a checkpoint where one is due, and the end where any process was asked for it."""
         number, every = self.progress.number, self.config.checkpoint_every
-        stop = bool(gather(torch.tensor([asked_to_stop], device=self.accelerator.device)).any())
+        stop = self._anyone(asked_to_stop)
         is_last = number == self.total_steps or self.progress.stopped
         saved = None
         if stop or (every and (is_last or number % every == 0)):
@@ -529,7 +540,7 @@ class _Run:
         if probe is not None:
             record["evidence_to_task_gradient_ratio"] = probe.ratio
         self.weight.saw_step(task_loss=measured.task_loss, mean_rma=measured.rma)
-        self._look_for_faults(measured)
+        self._look_for_faults(measured, [row for batch in batches for row in batch.rows.tolist()])
         if self.panel and config.watch_every and progress.number % config.watch_every == 0:
             record |= self.watch()
         is_last = progress.number == self.total_steps
@@ -576,7 +587,8 @@ class _Run:
         # Processes (W), batches of the step (n), then total, task, evidence.
         everyone = gather(values[None])
         explained = losses[0].rma.numel() > 0
-        for column, name in enumerate(("total", "task", "evidence")):
+        # The sum is not finite where a part is not: the part is to be named.
+        for column, name in ((1, "task"), (2, "evidence"), (0, "total")):
             wrong = ~everyone[:, :, column].isfinite()
             if name == "evidence" and not explained:
                 continue
@@ -601,11 +613,16 @@ class _Run:
         )
 
     def _not_finite(self, what: str, value: float, rows: Sequence[int]) -> TrainingError:
-        samples = named([str(self.inputs.dataset.sample_ids[row]) for row in rows])
+        advice = "set training.max_gradient_norm"
+        if what == "evidence loss":
+            advice = "look whether heatmap or alignment divides by zero or overflows"
         return TrainingError(
             f"step {self.progress.number + 1}: {what} is {value}; lower training.learning_rate (now "
-            f"{self.config.learning_rate}), or set training.max_gradient_norm. Samples of the batch: {samples}"
+            f"{self.config.learning_rate}), or {advice}. Samples of the batch: {self._samples(rows)}"
         )
+
+    def _samples(self, rows: Sequence[int]) -> str:
+        return named([str(self.inputs.dataset.sample_ids[row]) for row in rows])
 
     # Evidence
 
@@ -635,7 +652,7 @@ class _Run:
             progress.first_probe = (at_step.task, at_step.evidence)
         return at_step
 
-    def _look_for_faults(self, measured: _Measured) -> None:
+    def _look_for_faults(self, measured: _Measured, rows: Sequence[int]) -> None:
         recent = self.progress.recent_task_losses
         recent.append(measured.task_loss)
         del recent[:-_FLAT_STEPS]
@@ -644,13 +661,14 @@ class _Run:
                 "flat task loss",
                 f"the task loss has been {recent[-1]:.4f} for {_FLAT_STEPS} steps: nothing is learnt. Raise "
                 f"training.learning_rate (now {self.config.learning_rate}), or look whether the method trains "
-                "what you think it does",
+                f"what you think it does. Samples of this step: {self._samples(rows)}",
             )
         if measured.empty_heatmaps == 1:
             self._warn_once(
                 "empty heatmaps",
                 "all heatmaps of the step are empty, so the evidence loss pulls nowhere. Lower evidence.weight, "
-                "choose other evidence.layers, or look at heatmaps of the untrained model",
+                "choose other evidence.layers, or look at heatmaps of the untrained model. Samples of this step: "
+                f"{self._samples(rows)}",
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
