@@ -3,9 +3,12 @@
     accelerate launch recipes/flcp_evidence.py                                          # the embedded default
     accelerate launch recipes/flcp_evidence.py --config configs/white_blood_cells.yaml  # your images and masks
     accelerate launch recipes/flcp_evidence.py --run.arms baseline                      # one arm alone
+    accelerate launch recipes/flcp_evidence.py --run.arms baseline evidence swap evidence_swap
+    torchrun --nproc-per-node 2 recipes/flcp_evidence.py --run.device cpu              # two processes
 
 Runs zero-shot, FLCP (evidence weight 0) and FLCP with the evidence loss from the same start and seed, evaluates each on
-every test split, and writes runs/<run.name>/comparison.{html,md,json}.
+every test split, and writes runs/<run.name>/comparison.{html,md,json}. Arm swap is the baseline with background-swap
+augmentation, evidence_swap has both. Stopped by Ctrl-C or SIGTERM, the same command with --run.resume continues.
 """
 
 from pathlib import Path
@@ -14,10 +17,5 @@ from evidence_ft import experiment
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-
-def main() -> None:
-    experiment.main(CONFIGS / "flcp_evidence.yaml", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    experiment.main(CONFIGS / "shapes.yaml", __doc__, method="flcp", arms=("zero_shot", "baseline", "evidence"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evidence_ft.backgrounds import SwappedBackgrounds, choose_donors, paint_out, swap_background
+from evidence_ft.backgrounds import BackgroundSwap, SwappedBackgrounds, choose_donors, paint_out, swap_background
 from evidence_ft.images import DataError
 from evidence_ft.samples import Sample, validate
 
@@ -241,3 +241,90 @@ def test_a_mask_that_was_promised_and_is_not_there_is_named():
 
     with pytest.raises(DataError, match=r"sample 'b': found no mask on opening it.*correct the data set's mask_sou"):
         SwappedBackgrounds(Promised(), seed=0)[1]
+
+
+# Augmentation
+
+
+def swapped(row, probability=1.0, seed=0, dataset=None):
+    dataset = dataset or Discs()
+    return BackgroundSwap(dataset, probability)(row, dataset[row], np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("row", [0, 1, 3, 4])
+def test_an_augmented_object_stands_on_the_other_classs_background_with_its_own_mask(row):
+    sample = swapped(row)
+    pixels, inside = np.asarray(sample.image), disc() == 1
+    assert (pixels[inside] == (RED, GREEN)[sample.label]).all()
+    assert (pixels[~inside] == 255 * (1 - sample.label)).all()
+    assert (sample.sample_id, sample.label, sample.mask_source) == (Discs.sample_ids[row], Discs.labels[row], "mask")
+    np.testing.assert_array_equal(sample.mask, disc())
+
+
+def test_an_image_without_a_mask_keeps_its_background():
+    sample = Discs()[2]
+    assert BackgroundSwap(Discs(), 1.0)(2, sample, np.random.default_rng(0)) is sample
+
+
+def test_backgrounds_are_swapped_as_often_as_asked():
+    swap, sample, generator = BackgroundSwap(Discs(), 0.25), Discs()[0], np.random.default_rng(0)
+    times = sum(swap(0, sample, generator) is not sample for _ in range(1000))
+    assert 250 - 42 < times < 250 + 42  # three standard deviations
+
+
+def test_augmenting_donors_are_all_annotated_images_of_other_classes_about_equally_often():
+    class Ten(Discs):
+        labels = (2, 0, 1, 2, 0, 1, 2, 0, 1, 2)
+        mask_sources = ("mask",) * 9 + ("none",)
+        sample_ids = tuple("abcdefghij")
+
+    swap, generator = BackgroundSwap(Ten(), 1.0), np.random.default_rng(0)
+    for row, others in ((2, {0, 1, 3, 4, 6, 7}), (1, {0, 2, 3, 5, 6, 8}), (0, {1, 2, 4, 5, 7, 8})):
+        drawn = Counter(swap.choose_donor(row, generator) for _ in range(1200))
+        assert set(drawn) == others
+        assert 150 < min(drawn.values()) <= max(drawn.values()) < 250  # 200 each, four standard deviations
+
+
+def test_with_one_class_an_augmenting_donor_is_another_image():
+    class Alike(Discs):
+        labels = (0,) * 5
+
+    swap, generator = BackgroundSwap(Alike(), 1.0), np.random.default_rng(0)
+    assert {swap.choose_donor(1, generator) for _ in range(100)} == {0, 3, 4}
+
+
+def test_painted_out_backgrounds_are_kept_as_far_as_the_bound_allows():
+    class Counting(Discs):
+        def __init__(self):
+            self.opened = Counter()
+
+        def __getitem__(self, row):
+            self.opened[row] += 1
+            return super().__getitem__(row)
+
+    def opened(cache_bytes):
+        dataset = Counting()
+        swap, sample = BackgroundSwap(dataset, 1.0, cache_bytes=cache_bytes), Discs()[0]
+        images = [np.asarray(swap(0, sample, np.random.default_rng(seed)).image) for seed in range(20)]
+        assert all(image[0, 0, 0] == 255 for image in images)
+        return sum(dataset.opened.values())
+
+    one = 64 * 64 * 3
+    assert opened(2 * one) == 2  # rows 1 and 4, each once
+    assert opened(0) == 20
+    assert 2 < opened(one) < 20
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
+def test_a_probability_that_is_none_is_refused(probability):
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+        BackgroundSwap(Discs(), probability)
+
+
+def test_without_another_background_swapping_is_refused():
+    class Lonely(Discs):
+        mask_sources = ("mask", *("none",) * 4)
+
+    with pytest.raises(DataError, match=r"found 1 training image\(s\) with a mask.*set training\.background_swap to 0"):
+        BackgroundSwap(Lonely(), 0.5)
+    BackgroundSwap(Lonely(), 0.0)

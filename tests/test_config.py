@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,15 +7,16 @@ import yaml
 from evidence_ft.config import ConfigError, component, dump, parse, parse_command_line, read
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
-DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "flcp_evidence.yaml"
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "shapes.yaml"
+METHODS = ("zero_shot", "lp", "flcp", "ft", "lora", "coop", "clip_adapter", "tip_adapter", "lp_ft")
 
 
-def command_line(*arguments, default=DEFAULT):
-    return parse_command_line(default, "A recipe.", arguments)
+def command_line(*arguments, default=DEFAULT, **choices):
+    return parse_command_line(default, "A recipe.", arguments, **choices)
 
 
 def test_there_are_configs_to_check():
-    assert {path.stem for path in CONFIGS} >= {"flcp_evidence", "tiny_imagenet_boxes", "white_blood_cells"}
+    assert {path.stem for path in CONFIGS} >= {"shapes", "own_data", "tiny_imagenet_boxes", "white_blood_cells"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -22,6 +24,87 @@ def test_every_config_parses_its_names_resolve_and_it_opens_with_its_command(pat
     config = parse(read(path), str(path))
     assert parse(yaml.safe_load(dump(config))) == config
     assert path.read_text().startswith("# accelerate launch recipes/flcp_evidence.py")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_serves_every_method(path):
+    for method in {*METHODS, *read(path).get("methods", {})}:
+        config = parse(read(path), str(path), method=method)
+        assert config.method.name == {"tip_adapter_f": "tip_adapter", "wise_ft": "ft"}.get(method, method)
+        assert parse(yaml.safe_load(dump(config))) == config
+
+
+SERVING_METHODS = {
+    "method": {"templates": "a cell of {}"},
+    "training": {"epochs": 3, "learning_rate": 1e-5},
+    "methods": {
+        "lp": {"training": {"learning_rate": 0.1}, "method": {"head": "random"}},
+        "probe_of_prompts": {"method": {"name": "lp"}, "run": {"arms": ["baseline"]}},
+    },
+}
+
+
+class TestMethods:
+    """What stands under ``methods`` counts for that method alone."""
+
+    def test_is_laid_over_the_rest(self):
+        config = parse(SERVING_METHODS, method="lp")
+        assert (config.method.name, config.method.head) == ("lp", "random")
+        assert config.method.templates == ("a cell of {}",)
+        assert (config.training.epochs, config.training.learning_rate) == (3, 0.1)
+
+    def test_is_ignored_for_others(self):
+        config = parse(SERVING_METHODS, method="ft")
+        assert (config.method.name, config.training.learning_rate) == ("ft", 1e-5)
+        assert parse(SERVING_METHODS).method.name == "flcp"
+
+    def test_can_be_a_variant_of_a_method(self):
+        config = parse(SERVING_METHODS, method="probe_of_prompts")
+        assert (config.method.name, config.method.head, config.run.arms) == ("lp", "zero_shot", ("baseline",))
+
+    def test_the_method_that_a_file_names_wins(self):
+        tree = SERVING_METHODS | {"method": {"name": "lp"}}
+        assert parse(tree, method="ft").training.learning_rate == 0.1
+
+    def test_is_chosen_by_a_flag(self, tmp_path):
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(SERVING_METHODS))
+        config = command_line("--config", str(file), "--method.name", "lp", "--training.epochs", "5", method="ft")
+        assert (config.method.name, config.training.learning_rate, config.training.epochs) == ("lp", 0.1, 5)
+        assert config.method.templates == ("a cell of {}",)
+        assert command_line("--config", str(file), method="ft").method.name == "ft"
+
+    @pytest.mark.parametrize(
+        ("methods", "message"),
+        [
+            ({"lpp": {}}, "my.yaml: methods.lpp: no methods named 'lpp'; did you mean 'lp'?"),
+            ({"mine": {"method": {"name": "lpp"}}}, "my.yaml: methods.mine: no methods named 'lpp'"),
+            ({"lp": 3}, "my.yaml: methods: lp is 3, expected a section with keys"),
+            ({"flcp": {"trainin": {}}}, "unknown key 'trainin'; did you mean 'training'?"),
+            (["lp"], "my.yaml: methods is ['lp'], expected a section"),
+        ],
+    )
+    def test_mistakes_are_named(self, methods, message):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            parse({"methods": methods}, "my.yaml")
+
+
+def test_a_file_wins_over_what_a_recipe_presets_and_flags_win_over_both(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("run: {arms: [evidence]}\nmethod: {name: ft}\n")
+    choices = {"method": "lp", "arms": ("zero_shot", "baseline")}
+    assert command_line(**choices).run.arms == ("zero_shot", "baseline")
+    assert command_line(**choices).method.name == "lp"
+    config = command_line("--config", str(file), **choices)
+    assert (config.run.arms, config.method.name) == (("evidence",), "ft")
+    config = command_line("--config", str(file), "--run.arms", "swap", "--method.name", "lora", **choices)
+    assert (config.run.arms, config.method.name) == (("swap",), "lora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_flags(method):
+    config = command_line("--method.templates", "the {}", "--run.seed", "3", method=method)
+    assert (config.method.templates, config.run.seed) == (("the {}",), 3)
 
 
 def test_flags_win_over_the_file():
@@ -107,10 +190,16 @@ def test_a_mistake_on_the_command_line_is_one_clear_error(capsys, arguments, mes
         ({"run": {"arms": []}}, "run.arms = []"),
         ({"run": {"name": "../up"}}, "run.name = '../up'"),
         ({"run": {"name": ".."}}, "run.name = '..'"),
-        ({"method": {"name": "flcp", "template": "a cell"}}, "expected exactly one {}"),
-        ({"method": {"name": "flcp", "template": "a {x}"}}, "expected exactly one {}"),
+        ({"method": {"name": "flcp", "templates": "a cell"}}, "expected exactly one {}"),
+        ({"method": {"name": "flcp", "templates": "a {x}"}}, "expected exactly one {}"),
         ({"data": {"format": "manifest"}}, "data.file is missing"),
         ({"data": {"format": "shapes", "root": "x"}}, "unknown key 'data.root'"),
+        ({"data": {"format": "shapes", "test_splits": ["test", "train"]}}, "split 'train' is both train_split and one"),
+        ({"data": {"format": "shapes", "test_splits": ["test", "test"]}}, "test_splits lists a split more than once"),
+        (
+            {"data": {"format": "shapes", "test_splits": ["tset"]}},
+            "shapes has no split 'tset'; choose from train,",
+        ),
         ({"data": {"format": 3}}, "data.format is 3"),
         ({"data": "shapes"}, "data is 'shapes', expected a section"),
         ({"model": {"backbone": "openclip"}}, "did you mean 'open_clip'?"),

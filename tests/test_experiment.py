@@ -1,16 +1,27 @@
 import json
+import logging
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.utils import LoggerType
 from PIL import Image
 
+from evidence_ft import checkpoints, experiment
 from evidence_ft.config import ConfigError, parse
-from evidence_ft.experiment import arm_config, run
+from evidence_ft.datasets import shapes
+from evidence_ft.experiment import arm_config, arm_state, hold_out, main, run, run_arms
 from evidence_ft.images import DataError
-from evidence_ft.runs import RunRecord
+from evidence_ft.model import EvidenceModel
+from evidence_ft.runs import RunRecord, read_steps
+from evidence_ft.trainer import Interrupted
 from evidence_ft.training import TrainingError
+from evidence_ft.transforms import ModelInputs
 
+ARMS = ("zero_shot", "baseline", "evidence", "swap", "evidence_swap")
 SMALL = {
     "run": {"name": "small", "device": "cpu"},
     "data": {"format": "shapes", "train_images": 32, "test_images": 24, "test_splits": ["test"]},
@@ -28,11 +39,11 @@ def small(tmp_path, **sections):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
-    return run(small(directory))
+    return run(small(directory, run={"arms": ARMS}))
 
 
-def test_three_arms_leave_everything_a_report_needs(finished):
-    for arm in ("zero_shot", "baseline", "evidence"):
+def test_five_arms_leave_everything_a_report_needs(finished):
+    for arm in ARMS:
         record = RunRecord.read(finished / arm)
         assert record.read_outcomes(finished / arm, "test").n == 24
         assert record.data["test"].annotated == 24
@@ -41,53 +52,277 @@ def test_three_arms_leave_everything_a_report_needs(finished):
     for name in ("comparison.json", "comparison.md", "comparison.html"):
         assert (finished / name).stat().st_size > 0
     numbers = json.loads((finished / "comparison.json").read_text())["arms"]
-    assert set(numbers) == {"zero_shot", "baseline", "evidence"}
+    assert list(numbers) == list(ARMS)
     keys = {"n", "accuracy", "PT", "IR", "RR", "mean_RMA", "empty_heatmaps", "swapped_accuracy"}
-    assert keys <= set(numbers["evidence"]["test"])
+    assert keys <= set(numbers["evidence_swap"]["test"])
+    assert "Warning" not in (finished / "comparison.md").read_text()
 
 
-def test_all_arms_start_from_the_same_weights_and_trained_ones_move(finished):
-    records = {arm: RunRecord.read(finished / arm) for arm in ("zero_shot", "baseline", "evidence")}
+def test_all_arms_start_from_the_same_weights_and_end_at_different_ones(finished):
+    records = {arm: RunRecord.read(finished / arm) for arm in ARMS}
     assert len({record.model["sha256"] for record in records.values()}) == 1
-    trained = {records[arm].model["fine_tuned_sha256"] for arm in ("baseline", "evidence")}
-    assert len(trained | {records["zero_shot"].model["sha256"]}) == 3
+    trained = {records[arm].model["fine_tuned_sha256"] for arm in ARMS if arm != "zero_shot"}
+    assert len(trained | {records["zero_shot"].model["sha256"]}) == 5
 
 
-def test_saved_weights_are_those_that_were_evaluated(finished):
-    from evidence_ft.backbones import open_clip as backbone
-
-    record = RunRecord.read(finished / "evidence")
-    assert backbone.load(str(finished / "evidence" / "model")).fingerprint() == record.model["fine_tuned_sha256"]
+@pytest.mark.parametrize("arm", ["zero_shot", "evidence"])
+def test_the_saved_model_is_the_one_that_was_judged(finished, arm):
+    outcomes = RunRecord.read(finished / arm).read_outcomes(finished / arm, "test")
+    model = EvidenceModel.from_pretrained(finished / arm / "model")
+    images = [sample.image for sample in (shapes.Shapes("test", 24)[row] for row in range(24))]
+    found = model.predict(images)
+    assert found.labels.tolist() == outcomes.predictions.tolist()
+    torch.testing.assert_close(found.probabilities.max(dim=1).values, outcomes.confidence)
 
 
 def test_the_record_says_that_the_loss_was_alive(finished):
-    assert RunRecord.read(finished / "evidence").training["first_evidence_to_task_gradient_ratio"] > 0
-    assert RunRecord.read(finished / "baseline").training["first_evidence_to_task_gradient_ratio"] is None
+    for arm in ("evidence", "evidence_swap"):
+        assert RunRecord.read(finished / arm).training["first_evidence_to_task_gradient_ratio"] > 0
+    for arm in ("baseline", "swap"):
+        assert RunRecord.read(finished / arm).training["first_evidence_to_task_gradient_ratio"] is None
     assert RunRecord.read(finished / "zero_shot").training is None
 
 
 def test_the_config_of_an_arm_reproduces_it_bit_for_bit(finished, tmp_path):
-    record = RunRecord.read(finished / "evidence")
-    again = run(parse({**record.config, "run": {**record.config["run"], "directory": str(tmp_path)}}))
-    assert RunRecord.read(again / "evidence").model == record.model
-    assert RunRecord.read(again / "evidence").results == record.results
+    record = RunRecord.read(finished / "evidence_swap")
+    again = run_arms(parse({**record.config, "run": {**record.config["run"], "directory": str(tmp_path)}}))
+    assert RunRecord.read(again / "evidence_swap").model == record.model
+    assert RunRecord.read(again / "evidence_swap").results == record.results
 
 
 def test_an_arm_that_is_run_again_replaces_nothing_that_was_written(finished):
     before = (finished / "zero_shot" / "run.json").read_bytes()
     run(small(finished.parent, run={"arms": ["zero_shot"]}))
     assert (finished / "replaced" / "zero_shot-1" / "run.json").read_bytes() == before
-    assert set(json.loads((finished / "comparison.json").read_text())["arms"]) == {"zero_shot", "baseline", "evidence"}
+    assert list(json.loads((finished / "comparison.json").read_text())["arms"]) == list(ARMS)
 
 
 def test_arms_differ_in_nothing_but_what_makes_them(tmp_path):
-    config = small(tmp_path, evidence={"weight": 2.0})
-    baseline, evidence = (arm_config(config, arm).model_dump() for arm in ("baseline", "evidence"))
-    assert baseline["evidence"].pop("weight") == 0
-    assert evidence["evidence"].pop("weight") == 2
-    assert baseline["run"].pop("arms") == ("baseline",)
-    assert evidence["run"].pop("arms") == ("evidence",)
-    assert baseline == evidence
+    config = small(tmp_path, evidence={"weight": 2.0}, training={"background_swap": 0.25})
+    expected = {"baseline": (0, 0), "evidence": (2, 0), "swap": (0, 0.25), "evidence_swap": (2, 0.25)}
+    rest = []
+    for arm, (weight, swap) in expected.items():
+        tree = arm_config(config, arm).model_dump()
+        assert tree["evidence"].pop("weight") == weight
+        assert tree["training"].pop("background_swap") == swap
+        assert tree["run"].pop("arms") == (arm,)
+        rest.append(tree)
+    assert rest == [rest[0]] * 4
+    zero_shot = arm_config(config, "zero_shot")
+    assert zero_shot.method.model_dump() == {"name": "zero_shot", "templates": ("a photo of a {}",)}
+
+
+def test_swap_arms_swap_half_of_the_backgrounds_unless_told_otherwise(tmp_path):
+    assert arm_config(small(tmp_path), "swap").training.background_swap == 0.5
+    assert arm_config(small(tmp_path), "evidence_swap").training.background_swap == 0.5
+
+
+class TestMethodsThatTrainNothing:
+    def test_have_no_arm_with_a_loss(self, tmp_path, caplog):
+        method = {"name": "tip_adapter", "shots": 2}
+        directory = run_arms(small(tmp_path, method=method, run={"arms": ["baseline", "evidence", "swap"]}))
+        assert [path.parent.name for path in directory.glob("*/run.json")] == ["baseline"]
+        assert "evidence: skipped, because method tip_adapter trains nothing" in caplog.text
+        record = RunRecord.read(directory / "baseline")
+        assert record.training["steps"] == 0
+        assert record.model["checkpoint"] == "toy_clip"
+
+    def test_read_the_training_images_and_save_what_they_remember(self, tmp_path):
+        method = {"name": "tip_adapter", "shots": 2}
+        directory = run_arms(small(tmp_path, method=method, run={"arms": ["baseline"]}))
+        model = EvidenceModel.from_pretrained(directory / "baseline" / "model")
+        assert model.tuning.head.keys.shape[0] == 2 * 8
+        outcomes = RunRecord.read(directory / "baseline").read_outcomes(directory / "baseline", "test")
+        images = [sample.image for sample in (shapes.Shapes("test", 24)[row] for row in range(24))]
+        assert model.predict(images).labels.tolist() == outcomes.predictions.tolist()
+
+    def test_zero_shot_is_a_method_too(self, tmp_path):
+        directory = run_arms(small(tmp_path, method={"name": "zero_shot"}, run={"arms": ["baseline"]}))
+        assert RunRecord.read(directory / "baseline").training is None
+
+
+def predictions(directory, arm):
+    return RunRecord.read(directory / arm).read_outcomes(directory / arm, "test").confidence
+
+
+def test_without_any_share_of_the_tuned_weights_zero_shot_is_left(tmp_path):
+    arms = {"arms": ["zero_shot", "baseline"]}
+    back = run_arms(small(tmp_path / "0", method={"name": "ft"}, run=arms, evaluation={"interpolation": 0.0}))
+    torch.testing.assert_close(predictions(back, "baseline"), predictions(back, "zero_shot"))
+    tuned = run_arms(small(tmp_path / "1", method={"name": "ft"}, run=arms))
+    assert not torch.allclose(predictions(tuned, "baseline"), predictions(tuned, "zero_shot"))
+    model = EvidenceModel.from_pretrained(back / "baseline" / "model")
+    images = [sample.image for sample in (shapes.Shapes("test", 24)[row] for row in range(24))]
+    torch.testing.assert_close(model.predict(images).probabilities.max(dim=1).values, predictions(back, "zero_shot"))
+
+
+THREE_EPOCHS = {"run": {"arms": ["baseline", "evidence"]}, "training": {"epochs": 3, "checkpoint_every": 1}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_arms(small(tmp_path_factory.mktemp("whole"), **THREE_EPOCHS))
+
+
+class TestResuming:
+    """Interrupted runs continue; what has finished is kept."""
+
+    def settings(self, tmp_path, **more):
+        return small(tmp_path, run=THREE_EPOCHS["run"] | more, training=THREE_EPOCHS["training"])
+
+    def stop_in_epoch(self, monkeypatch, epoch, act):
+        own = ModelInputs.set_epoch
+
+        def set_epoch(inputs, number):
+            if number == epoch:
+                act()
+            own(inputs, number)
+
+        monkeypatch.setattr(ModelInputs, "set_epoch", set_epoch)
+
+    def test_an_interrupted_arm_goes_on_where_it_was_and_ends_where_it_would_have(
+        self, tmp_path, monkeypatch, uninterrupted
+    ):
+        with monkeypatch.context() as patched:
+            self.stop_in_epoch(patched, 1, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Interrupted):
+                run(self.settings(tmp_path))
+        config = self.settings(tmp_path, resume=True)
+        assert [arm_state(config, arm) for arm in ("baseline", "evidence")] == ["interrupted", "new"]
+        assert checkpoints.latest(tmp_path / "small" / "baseline" / "checkpoints").name == "step-00000003"
+        directory = run_arms(config)
+        for arm in ("baseline", "evidence"):
+            ours, theirs = RunRecord.read(directory / arm), RunRecord.read(uninterrupted / arm)
+            assert (ours.model, ours.results) == (theirs.model, theirs.results)
+            steps = [step["step"] for step in read_steps(directory / arm / "metrics.jsonl")]
+            assert steps == [1, 2, 3, 4, 5, 6]
+        assert not (directory / "replaced").exists()
+
+    def test_a_finished_arm_is_kept(self, tmp_path, monkeypatch, caplog):
+        caplog.set_level(logging.INFO)
+
+        def fails(directory, *_, **__):
+            if "evidence" in directory.parts:
+                raise RuntimeError("no space left")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(experiment, "save_model", fails)
+            with pytest.raises(RuntimeError, match="no space left"):
+                run_arms(self.settings(tmp_path))
+        before = (tmp_path / "small" / "baseline" / "run.json").read_bytes()
+        config = self.settings(tmp_path, resume=True)
+        assert [arm_state(config, arm) for arm in ("baseline", "evidence")] == ["finished", "interrupted"]
+        run_arms(config)
+        assert (tmp_path / "small" / "baseline" / "run.json").read_bytes() == before
+        assert "baseline: has finished; kept" in caplog.text
+        assert arm_state(config, "evidence") == "finished"
+
+    def test_other_settings_are_refused(self, uninterrupted):
+        config = self.settings(uninterrupted.parent, resume=True, seed=1)
+        assert arm_state(config, "baseline") == "other"
+        with pytest.raises(ConfigError, match=r"run\.resume: .*baseline was begun with other settings"):
+            run(config)
+
+    def test_what_does_not_decide_the_result_may_differ(self, uninterrupted):
+        config = small(uninterrupted.parent, run=THREE_EPOCHS["run"], training={"epochs": 3, "checkpoint_every": 5})
+        assert arm_state(config, "baseline") == "finished"
+
+    def test_something_else_in_an_arms_folder_is_no_interrupted_arm(self, tmp_path):
+        (tmp_path / "small" / "baseline").mkdir(parents=True)
+        assert arm_state(self.settings(tmp_path), "baseline") == "other"
+
+    def test_the_command_line_ends_with_75_and_says_how_to_resume(self, tmp_path, monkeypatch, capsys, caplog):
+        file = tmp_path / "small.yaml"
+        file.write_text(json.dumps(self.settings(tmp_path).model_dump(mode="json")))
+        monkeypatch.setattr(sys, "argv", ["recipe.py"])
+        self.stop_in_epoch(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit) as stopped:
+            main(file, "A recipe.")
+        assert stopped.value.code == 75
+        assert "interrupted after step 3" in caplog.text
+        assert "the same command with --run.resume continues" in caplog.text
+
+
+class TestHoldingOut:
+    def test_takes_the_same_share_of_each_class_and_never_all_of_one(self):
+        labels = [0] * 40 + [1] * 10 + [2]
+        kept, held_out = hold_out(labels, 0.25, seed=0)
+        assert sorted(kept + held_out) == list(range(51))
+        assert [sum(labels[row] == label for row in held_out) for label in range(3)] == [10, 2, 0]
+        assert hold_out(labels, 0.25, seed=0) == (kept, held_out)
+        assert hold_out(labels, 0.25, seed=1) != (kept, held_out)
+        assert hold_out([0, 0], 0.9, seed=0)[0]
+
+    def test_gives_early_stopping_its_images_and_training_the_others(self, tmp_path):
+        training = {"epochs": 4, "evaluate_every": 1, "early_stopping": {"metric": "accuracy", "patience": 1}}
+        config = small(
+            tmp_path, run={"arms": ["baseline"], "validation_share": 0.25}, training=training | {"batch_size": 8}
+        )
+        directory = run_arms(config)
+        record = RunRecord.read(directory / "baseline")
+        assert (record.data["train"].n, record.data["held out"].n) == (24, 8)
+        steps = read_steps(directory / "baseline" / "metrics.jsonl")
+        accuracies = {step["step"]: step["eval_accuracy"] for step in steps}
+        assert record.training["best_step"] == max(accuracies, key=accuracies.get)
+        assert record.training["steps"] == len(accuracies)
+
+    def test_is_asked_for_where_it_is_needed(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"training\.evaluate_every = 2, but no images are held out.*run\.valid"):
+            run(small(tmp_path, training={"evaluate_every": 2}))
+
+    def test_holds_out_something(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"validation_share = 0\.01 of each class holds out none of 32"):
+            run(small(tmp_path, run={"validation_share": 0.01}))
+
+
+def test_a_swap_that_no_arm_would_see_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"background_swap = 0\.5, but none of run\.arms = .*add swap or evidence_"):
+        run(small(tmp_path, training={"background_swap": 0.5}))
+
+
+class TestTrackers:
+    def test_that_are_not_installed_are_named(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"run\.report_to names 'tensorbored', which is not installed"):
+            run(small(tmp_path, run={"report_to": ["tensorbored"]}))
+
+    def test_hear_of_every_step_of_every_arm(self, tmp_path, monkeypatch):
+        told = []
+
+        class Tracker(tracking.GeneralTracker):
+            name = "wandb"
+            requires_logging_directory = False
+
+            def __init__(self, run_name, **options):
+                super().__init__()
+                self.arm = options["name"]
+                assert run_name == "small"
+
+            def start(self):
+                told.append((self.arm, "start"))
+
+            @property
+            def tracker(self):
+                return self
+
+            def store_init_configuration(self, values):
+                assert values["run.name"] == "small"
+
+            def log(self, values, step, **_):
+                told.append((self.arm, step, values["task_loss"]))
+
+            def finish(self):
+                told.append((self.arm, "finish"))
+
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+        for module in (tracking, experiment):
+            monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType.WANDB])
+        directory = run_arms(small(tmp_path, run={"report_to": ["wandb"], "arms": ["zero_shot", "baseline", "swap"]}))
+        expected = []
+        for arm in ("baseline", "swap"):
+            steps = read_steps(directory / arm / "metrics.jsonl")
+            logged = [(arm, step["step"], step["task_loss"]) for step in steps]
+            expected += [(arm, "start"), *logged, (arm, "finish")]
+        assert told == expected
 
 
 class TestBadInput:
@@ -160,6 +395,12 @@ class TestBadInput:
         tree["training"]["batch_size"] = 32
         with pytest.raises(TrainingError, match=r"training\.batch_size to at most 2"):
             run(parse(tree))
+
+    def test_swapped_backgrounds_without_masks_to_swap(self, tmp_path):
+        rows = ["1,a.png,mask_a.png,cat,train", "2,b.png,,dog,train", "3,a.png,,cat,test"]
+        config = self.manifest(tmp_path, rows)
+        with pytest.raises(DataError, match=r"1 of 2 images of split 'train' have a mask or box.*swap"):
+            run(parse(config.model_dump() | {"run": config.run.model_dump() | {"arms": ["swap"]}}))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
     def test_a_gpu_where_there_is_none(self, tmp_path):

@@ -58,6 +58,8 @@ def write_arm(
     gallery=(),
     steps=0,
     skipped=(),
+    config=None,
+    record=None,
 ):
     """Leave behind what an arm of six images would."""
     directory = root / arm
@@ -89,25 +91,29 @@ def write_arm(
             for s in range(1, steps + 1)
         ]
         write_atomically(directory / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in logged))
-    config = {
+    settings = {
         "run": {"name": "toy", "arms": [arm]},
+        "model": {"checkpoint": "tiny"},
+        "method": {"name": "flcp" if steps else "zero_shot", "templates": ["a {}"]},
+        "training": {"learning_rate": 0.1, "background_swap": 0.0},
         "evidence": {"heatmap": "gradient_attention", "layers": [-1], "weight": weight},
         "evaluation": {"heatmap": "gradient_attention", "layers": [-1], "explain": "label", "threshold": 0.5}
         | (evaluation or {}),
-    }
-    RunRecord(
+    } | (config or {})
+    whole = RunRecord(
         arm=arm,
         name="toy",
         seed=0,
-        config=config,
-        environment={"python": "3.11", "packages": {"torch": "2"}},
-        model={"checkpoint": "tiny"},
+        config=settings,
+        environment={"python": "3.11", "packages": {"torch": "2"}, "num_processes": 1},
+        model={"checkpoint": "tiny", "sha256": "0" * 64},
         data={split: DataRecord(fingerprint=fingerprint, n=6, annotated=5, skipped=tuple(skipped)) for split in splits}
         | ({"train": DataRecord(fingerprint="t" * 64, n=9, annotated=7)} if steps else {}),
         training={"steps": steps} if steps else None,
         results={split: summarise(table) for split, table in tables.items()},
         outcomes={s: StoredFile.of(directory / "outcomes" / f"{s}.parquet", directory) for s in splits},
-    ).write(directory)
+    )
+    whole.model_copy(update=record or {}).write(directory)
 
 
 def write_gallery(directory, rows, seed):
@@ -418,8 +424,93 @@ def test_without_anything_to_note_there_are_no_notes(tmp_path):
 
 def test_the_report_says_what_differs_in_the_settings(run):
     report.write_comparison(run)
-    assert "| evidence.weight | 0 | 0 | 1 |" in (run / "comparison.md").read_text()
-    assert "| evaluation.threshold" not in (run / "comparison.md").read_text()
+    text = (run / "comparison.md").read_text()
+    assert "| evidence.weight | \N{EN DASH} | 0 | 1 |" in text  # zero-shot has no loss to weigh
+    assert "| evaluation.threshold" not in text
+    assert "| method." not in text
+    assert "| training." not in text
+
+
+def test_the_report_says_what_each_arm_was(run):
+    write_arm(run, "swap", **BASELINE, steps=1, config={"training": {"learning_rate": 0.1, "background_swap": 0.5}})
+    nothing = " | ".join(["\N{EN DASH}"] * 4)
+    report.write_comparison(run)
+    text = (run / "comparison.md").read_text()
+    assert f"| zero_shot | zero_shot | {nothing} |" in text
+    assert "| baseline | flcp | 0 | 0 | 0 | 1 |" in text
+    assert "| evidence | flcp | 1 | 0 | 0 | 80 |" in text
+    assert "| swap | flcp | 0 | 0.5 | 0 | 1 |" in text
+    lines = [line.split() for line in report.format_table(report.compare(run)).splitlines()]
+    assert ["evidence", "flcp", "1", "0", "0", "80"] in lines
+    assert "What each arm was" in (run / "comparison.html").read_text()
+
+
+def test_all_five_arms_come_in_their_order(tmp_path):
+    arms = ["evidence_swap", "zero_shot", "swap", "baseline", "evidence"]
+    for arm in arms:
+        write_arm(tmp_path, arm, **BASELINE, steps=1)
+    comparison = report.write_comparison(tmp_path)
+    ordered = ["zero_shot", "baseline", "evidence", "swap", "evidence_swap"]
+    assert list(comparison.numbers) == ordered
+    assert list(comparison.differences) == [f"{arm} - baseline" for arm in ordered if arm != "baseline"]
+    assert len(comparison.verdicts["test"]) == 3
+
+
+def warnings(run):
+    report.write_comparison(run)
+    found = report._warnings(report.compare(run))
+    for text in found:
+        assert text in (run / "comparison.md").read_text()
+        assert text in (run / "comparison.html").read_text()
+        assert f"WARNING: {text}" in report.format_table(report.compare(run))
+    return found
+
+
+def test_arms_that_differ_in_what_makes_them_give_no_warning(run):
+    training = {"learning_rate": 0.1, "background_swap": 0.5}
+    write_arm(run, "evidence_swap", **EVIDENCE, weight=1.0, steps=1, config={"training": training})
+    assert warnings(run) == []
+    assert "WARNING" not in report.format_table(report.compare(run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"record": {"seed": 1}}, "seed is 0 and 1"),
+        ({"record": {"model": {"sha256": "1" * 64}}}, f"start weights is {'0' * 64} and {'1' * 64}"),
+        ({"record": {"environment": {"num_processes": 2}}}, "processes is 1 and 2"),
+        ({"config": {"model": {"checkpoint": "other"}}}, "model.checkpoint is tiny and other"),
+        ({"config": {"training": {"learning_rate": 0.2}}}, "training.learning_rate is 0.1 and 0.2"),
+        ({"config": {"method": {"name": "lp", "templates": ["a {}"]}}}, "method.name is flcp and lp"),
+        ({"config": {"evidence": {"layers": "all"}}}, r"evidence.layers is [-1] and all"),
+    ],
+)
+def test_arms_that_differ_in_more_than_they_mean_to_give_a_warning(run, changes, named):
+    write_arm(run, "evidence", **EVIDENCE, weight=1.0, steps=80, **changes)
+    (warning,) = warnings(run)
+    assert warning.startswith("arms baseline and evidence differ in more than they mean to: ")
+    assert named in warning
+
+
+def test_zero_shot_is_only_compared_in_what_it_has(run):
+    write_arm(
+        run,
+        "zero_shot",
+        **ZERO_SHOT | {"swapped": BASELINE["swapped"]},
+        config={"training": {"learning_rate": 9.0}},
+        record={"seed": 5},
+    )
+    assert warnings(run) == []
+    method = {"name": "zero_shot", "templates": ["the {}"]}
+    write_arm(run, "zero_shot", **ZERO_SHOT | {"swapped": BASELINE["swapped"]}, config={"method": method})
+    assert "method.templates is [a {}] and [the {}]" in warnings(run)[0]
+
+
+def test_training_images_that_differ_give_a_warning(run):
+    record = RunRecord.read(run / "evidence")
+    other = record.data["train"].model_copy(update={"fingerprint": "u" * 64})
+    record.model_copy(update={"data": record.data | {"train": other}}).write(run / "evidence")
+    assert "images of train is tttttttttttt and uuuuuuuuuuuu" in warnings(run)[0]
 
 
 def test_that_each_arm_lists_itself_is_no_difference_in_the_settings(run):
@@ -435,7 +526,7 @@ def test_the_data_table_counts_masks(run):
 
 def test_the_terminal_table_is_aligned(run):
     table = report.format_table(report.compare(run))
-    _, header, *rows = table.split("\n\n")[0].splitlines()
+    _, header, *rows = table.split("\n\n")[1].splitlines()
     assert len({len(line) for line in (header, *rows)}) == 1
     assert rows[2].split() == ["evidence", "66.7", "75.0", "100.0", "60.0", "46.0", "25.0", "50.0", "1", "6", "5"]
     assert "<" not in table

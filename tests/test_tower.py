@@ -3,9 +3,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from evidence_ft.heatmaps import gradient_attention
-from evidence_ft.tower import UnsupportedTowerError, check_tower, resolve_layers
+from evidence_ft.tower import UnsupportedTowerError, check_tower, check_trainable, resolve_layers
 
 
 def images_for(encoder, count=2):
@@ -96,9 +98,9 @@ def test_inference_mode_is_refused_with_the_way_out(encoder):
         encoder.image_tower.trace(images_for(encoder))
 
 
-def test_activation_checkpointing_is_refused_with_the_way_out(encoder):
+def test_the_librarys_checkpointing_is_refused_with_the_way_out(encoder):
     encoder.model.set_grad_checkpointing(True)
-    with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
+    with pytest.raises(UnsupportedTowerError, match=r"set_grad_checkpointing\(False\).*set_checkpointing\(True\)"):
         encoder.image_tower.trace(images_for(encoder))
 
 
@@ -108,6 +110,112 @@ def test_layers_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match="layers = "):
         resolve_layers([], depth=12)
     assert resolve_layers([-1, 11, 0], depth=12) == [0, 11]
+
+
+def evidence_gradients(encoder, layers):
+    """Gradients of the share of each heatmap's mass that lies on its first patch, with the features' own loss."""
+    encoder.zero_grad()
+    trace = encoder.image_tower.trace(images_for(encoder), layers)
+    heat = gradient_attention.heatmap(trace, lambda features: features.square().sum(-1), create_graph=True)
+    loss = (heat[:, 0, 0] / heat.sum(dim=(1, 2))).sum() + trace.features.square().mean()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in encoder.image_tower.named_parameters()}
+
+
+def computations_of(block):
+    """A list that grows whenever the block is computed."""
+    computed = []
+    next(block.children()).register_forward_hook(lambda *_: computed.append(1))
+    return computed
+
+
+class TestCheckpointing:
+    """Activations are computed twice instead of kept, and nothing else changes."""
+
+    @pytest.mark.parametrize("layers", [[-1], [1], [1, -1], [0], "all"])
+    def test_gradients_are_those_without_it(self, encoder, layers):
+        encoder.train()
+        expected = evidence_gradients(encoder, layers)
+        encoder.image_tower.set_checkpointing(True)
+        found = evidence_gradients(encoder, layers)
+        assert {name for name, gradient in found.items() if gradient is not None} == {
+            name for name, gradient in expected.items() if gradient is not None
+        }
+        assert all(torch.equal(found[name], expected[name]) for name in found if found[name] is not None)
+
+    def test_blocks_below_the_first_traced_one_are_computed_twice_and_no_others(self, encoder):
+        blocks = encoder.image_tower.blocks()
+        encoder.image_tower.set_checkpointing(True)
+        computed = [computations_of(blocks[layer]) for layer in (0, 1, -1)]
+        evidence_gradients(encoder, [1])
+        assert [len(each) for each in computed] == [2, 1, 1]
+
+    def test_without_a_trace_every_block_is_computed_twice(self, encoder):
+        computed = [computations_of(block) for block in encoder.image_tower.blocks()]
+        encoder.image_tower.set_checkpointing(True)
+        encoder.image_tower(images_for(encoder)).sum().backward()
+        assert [len(each) for each in computed] == [2] * len(computed)
+
+    def test_it_leaves_a_trace_as_it_was_found(self, encoder):
+        encoder.image_tower.set_checkpointing(True)
+        before = state_of(encoder)
+        encoder.image_tower.trace(images_for(encoder), [-1])
+        assert state_of(encoder) == before
+
+    def test_switching_it_off_leaves_nothing_behind(self, encoder):
+        before = state_of(encoder)
+        encoder.image_tower.set_checkpointing(True)
+        encoder.image_tower.set_checkpointing(True)
+        assert state_of(encoder) != before
+        encoder.image_tower.set_checkpointing(False)
+        assert state_of(encoder) == before
+
+    def test_where_it_saves_nothing_training_is_refused(self, encoder):
+        tower = encoder.image_tower
+        check_trainable(encoder, tower, "all")
+        tower.set_checkpointing(True)
+        check_trainable(encoder, tower, [-1])
+        with pytest.raises(UnsupportedTowerError, match=r"saves nothing while layers = 'all'.*layers = \[-1\]"):
+            check_trainable(encoder, tower, "all")
+
+
+class TestCheckTrainable:
+    """What would give a wrong gradient, or none, is refused with its reason before training."""
+
+    def test_a_plain_encoder_passes(self, encoder):
+        check_trainable(nn.Sequential(encoder), encoder.image_tower, [-1])
+
+    def test_layers_that_do_not_exist(self, encoder):
+        with pytest.raises(ValueError, match=r"layers = \[9\]"):
+            check_trainable(encoder, encoder.image_tower, [9])
+
+    def test_a_compiled_step(self, encoder):
+        with pytest.raises(UnsupportedTowerError, match=r"the training step is compiled.*no second derivative"):
+            check_trainable(torch.compile(encoder), encoder.image_tower, "all")
+
+    def test_a_compiled_block_of_the_tower(self, encoder):
+        encoder.image_tower.blocks()[1].compile()
+        with pytest.raises(UnsupportedTowerError, match=r"blocks\.1 is compiled"):
+            check_trainable(encoder, encoder.image_tower, [-1])
+        with pytest.raises(UnsupportedTowerError, match=r"blocks\.1 is compiled"):
+            encoder.image_tower.trace(images_for(encoder), [-1])
+
+    def test_a_compiled_text_tower_passes(self, native_encoder):
+        native_encoder.model.transformer = torch.compile(native_encoder.model.transformer)
+        check_trainable(native_encoder, native_encoder.image_tower, "all")
+
+    def test_blocks_that_accelerate_wrapped_for_checkpointing(self, native_encoder):
+        blocks = native_encoder.model.visual.transformer.resblocks
+        blocks[0] = checkpoint_wrapper(blocks[0])
+        with pytest.raises(UnsupportedTowerError, match=r"resblocks\.0 is wrapped.*set_checkpointing"):
+            check_trainable(native_encoder, native_encoder.image_tower, [-1])
+
+    def test_fsdp1(self, encoder):
+        sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its __init__ wants several processes
+        nn.Module.__init__(sharded)
+        sharded.module = encoder
+        with pytest.raises(UnsupportedTowerError, match=r"FSDP1.*fsdp_version: 2"):
+            check_trainable(sharded, encoder.image_tower, "all")
 
 
 class TestCheckTower:

@@ -8,6 +8,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
+from evidence_ft.backgrounds import BackgroundSwap
 from evidence_ft.samples import Sample
 from evidence_ft.transforms import Augmentation, ModelInputs, SampleTransform, collate, to_pixels
 from evidence_ft.types import Preprocessing
@@ -215,11 +216,48 @@ def test_augmentation_leaves_the_gpus_generators_alone(monkeypatch):
     augmented()[0]
 
 
+def swapping(probability, *, augment=True):
+    dataset = InMemory(6, (24, 24))
+    augmentation = Augmentation(crop_scale=(0.3, 0.9)) if augment else None
+    transform = SampleTransform(Preprocessing((24, 24), HALF, HALF), augmentation)
+    return ModelInputs(dataset, transform, seed=0, swap=BackgroundSwap(dataset, probability))
+
+
+def test_a_swap_of_probability_0_changes_not_a_bit():
+    dataset = InMemory(6, (24, 24))
+    transform = SampleTransform(Preprocessing((24, 24), HALF, HALF), Augmentation(crop_scale=(0.3, 0.9)))
+    without = ModelInputs(dataset, transform, seed=0)
+    assert all(same(swapping(0.0)[row], without[row]) for row in range(6))
+
+
+def test_swapping_backgrounds_moves_neither_mask_nor_object_nor_the_crop():
+    for row in range(6):
+        kept, swapped = swapping(0.0)[row], swapping(1.0)[row]
+        assert torch.equal(swapped.masks, kept.masks)
+        # Resizing mixes in what lies beside, so only the middle of the object is the same to the bit.
+        inner = -torch.nn.functional.max_pool2d(-kept.masks[None].float(), 7, stride=1, padding=3)[0] > 0
+        assert inner.any()
+        assert torch.equal(swapped.images[:, inner], kept.images[:, inner])
+        assert not torch.equal(swapped.images, kept.images)
+
+
+def test_swapped_backgrounds_depend_on_seed_epoch_and_row_alone():
+    first, second = swapping(1.0, augment=False), swapping(1.0, augment=False)
+    expected = [first[row] for row in range(6)]
+    assert all(same(second[row], expected[row]) for row in (5, 0, 3, 1, 4, 2))
+    changed = 0
+    for epoch in range(1, 4):
+        second.set_epoch(epoch)
+        changed += sum(not same(second[row], expected[row]) for row in range(6))
+    assert changed >= 6  # of 18, two thirds on average: there are three donors of the other class
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_give_the_same_batches_in_every_epoch(persistent):
-    alone, shared = augmented(), augmented()
+@pytest.mark.parametrize("inputs", [augmented, lambda: swapping(0.5)], ids=["augmented", "swapped"])
+def test_workers_give_the_same_batches_in_every_epoch(inputs, persistent):
+    alone, shared = inputs(), inputs()
     loader = DataLoader(shared, batch_size=2, num_workers=2, persistent_workers=persistent, collate_fn=collate)
     for epoch in range(3):
         alone.set_epoch(epoch)

@@ -1,35 +1,52 @@
-"""What a fine-tuning method is, and the classifier that results."""
+"""What a fine-tuning method is, the classifier that results, and the heads that methods have in common."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from evidence_ft.encoder import DualEncoder
+from evidence_ft.prompts import class_features
 from evidence_ft.tower import ImageTower
 from evidence_ft.types import ScoreFn, at_least_float32
-
-
-def _has_one_place(template: str) -> str:
-    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-        raise ValueError("expected exactly one {}, where the class name goes, and no other braces")
-    return template
-
-
-Template: TypeAlias = Annotated[str, AfterValidator(_has_one_place)]
-"""Caption of a class, such as ``a photo of a {}``; without the name in it all classes would be one."""
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ScoreFn]]
 """Features ``(B, F)`` and labels ``(B,)`` to the task loss ``()`` and the score of each image's own label."""
 
+HeadInit: TypeAlias = Literal["zero_shot", "random"]
+"""Where a linear head starts: at the prompts' classifier, or at random."""
+
+
+def cosine_logits(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer on features of unit length, in float32 or better also under autocast.
+
+    Args:
+        features: ``(B, F)``, normalised here.
+        weight: ``(K, F)``, as it is.
+        bias: ``(K,)``.
+
+    Returns:
+        ``(B, K)``.
+    """
+    # At a scale of 100, logits in bfloat16 are multiples of 0.5.
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(F.normalize(at_least_float32(features), dim=-1), weight, bias)
+
+
+def own_score(head: Callable[[Tensor], Tensor], labels: Tensor) -> ScoreFn:
+    """The logit of each image's class in ``labels`` ``(B,)``, as a function of features."""
+
+    def score(features: Tensor) -> Tensor:
+        return head(features).gather(1, labels[:, None]).squeeze(1)
+
+    return score
+
 
 class PromptHead(nn.Module):
-    """Scaled cosine with one text per class: ``(B, F)`` to logits ``(B, K)``.
+    """Scaled cosine with one text per class: ``(B, F)`` to logits ``(B, K)``. Holds no parameters.
 
     Args:
         text_features: ``(K, F)``; normalised here.
@@ -42,7 +59,24 @@ class PromptHead(nn.Module):
         self.weight: Tensor
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(at_least_float32(features), dim=-1) @ self.weight.T
+        return cosine_logits(features, self.weight)
+
+
+class LinearHead(nn.Module):
+    """A linear layer on features of unit length: ``(B, F)`` to logits ``(B, K)``.
+
+    Args:
+        weight: ``(K, F)`` to start from.
+        bias: ``(K,)`` to start from.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(at_least_float32(weight.detach()).clone())
+        self.bias = nn.Parameter(at_least_float32(bias.detach()).clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return cosine_logits(features, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -61,51 +95,62 @@ class Classifier:
 
     def score_of(self, labels: Tensor) -> ScoreFn:
         """The logit of each image's class in ``labels`` ``(B,)``, as a function of features."""
-
-        def score(features: Tensor) -> Tensor:
-            logits: Tensor = self.head(features)
-            return logits.gather(1, labels[:, None]).squeeze(1)
-
-        return score
+        return own_score(self.head, labels)
 
 
 @dataclass(frozen=True)
 class FineTuning:
     """A method, ready to train: what is fitted, towards what, and the classifier that results.
 
+    Parameters of encoder and head with ``requires_grad`` are trained; zero-shot has none.
+
     Attributes:
-        encoder: holds every parameter; those with ``requires_grad`` are trained. None of them are for zero-shot.
+        encoder: both towers and the logit scale.
         objective: the method's own loss, and the score that is explained in training.
         classifier: the classifier the weights amount to now.
+        head: whatever the method adds to the encoder: linear head, context, adapter, cache. Its ``state_dict`` is all
+            there is to save of it, and can be loaded into the head of the same method prepared anew.
+        read_training_set: takes the features ``(n, F)`` and labels ``(n,)`` of the training images, not augmented, in
+            the order of the rows; the same ones on every process. Called once, before training and before there is
+            an optimizer; None where the method needs nothing of the kind.
     """
 
     encoder: DualEncoder
     objective: Objective
     classifier: Callable[[], Classifier]
+    head: nn.Module = field(default_factory=nn.Module)
+    read_training_set: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def trains(self) -> bool:
-        """Whether anything is fitted at all."""
-        return any(parameter.requires_grad for parameter in self.encoder.parameters())
-
-    def save(self, directory: Path) -> None:
-        """Write the model in its backbone's own layout."""
-        self.encoder.save(directory)
+        """Whether anything is fitted by gradient descent."""
+        return any(parameter.requires_grad for part in (self.encoder, self.head) for parameter in part.parameters())
 
 
-def prompt_classifier(encoder: DualEncoder, class_names: Sequence[str], template: str) -> Classifier:
-    """The zero-shot classifier of an encoder as it is now (Radford et al. 2021, section 3.1.4)."""
+def prompt_head(encoder: DualEncoder, class_names: Sequence[str], templates: str | Sequence[str]) -> PromptHead:
+    """The zero-shot head of an encoder as it is now (Radford et al. 2021, section 3.1.4)."""
     with torch.no_grad():
-        text_features = encoder.encode_text(fill(template, class_names))
-        head = PromptHead(text_features, encoder.logit_scale.exp())
-    return Classifier(encoder.image_tower, head, class_names)
+        return PromptHead(class_features(encoder, class_names, templates), encoder.logit_scale.exp())
 
 
-def fill(template: str, class_names: Sequence[str]) -> list[str]:
-    """One caption per class; underscores in names read as spaces.
+def prompt_classifier(encoder: DualEncoder, class_names: Sequence[str], templates: str | Sequence[str]) -> Classifier:
+    """The zero-shot classifier of an encoder as it is now; several templates make an ensemble."""
+    return Classifier(encoder.image_tower, prompt_head(encoder, class_names, templates), class_names)
 
-    Example:
-        >>> fill("a photo of a {}", ["guinea_pig"])
-        ['a photo of a guinea pig']
+
+def linear_head(
+    encoder: DualEncoder, class_names: Sequence[str], templates: str | Sequence[str], init: HeadInit
+) -> LinearHead:
+    """A linear head that starts as the zero-shot classifier, or as `torch.nn.Linear` does.
+
+    Args:
+        encoder: read as it is now.
+        class_names: in the order of the logits.
+        templates: captions of a class, for the zero-shot start.
+        init: where it starts; ``random`` draws from torch's own generator.
     """
-    return [template.format(name.replace("_", " ")) for name in class_names]
+    prompts = prompt_head(encoder, class_names, templates).weight
+    if init == "zero_shot":
+        return LinearHead(prompts, prompts.new_zeros(len(prompts)))
+    fresh = nn.Linear(prompts.shape[1], prompts.shape[0])
+    return LinearHead(fresh.weight.to(prompts), fresh.bias.to(prompts))

@@ -3,13 +3,16 @@
 Data sets and methods bring their own `Config`; which one applies is decided by ``data.format`` and
 ``method.name``: the name of a file in ``datasets`` and ``methods``, or the dotted path of a module elsewhere. All is
 checked before anything is loaded: an unknown key, a wrong type or a bad choice is one error that names the dotted key.
+
+A file can serve several methods: what stands under ``methods.<name>``, such as a learning rate, is laid over the rest
+where that method is run, and nowhere else.
 """
 
 import argparse
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +22,9 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from evidence_ft.training import TrainerConfig
+from evidence_ft.trainer import TrainerConfig
 
-Arm = Literal["zero_shot", "baseline", "evidence"]
+Arm = Literal["zero_shot", "baseline", "evidence", "swap", "evidence_swap"]
 D = TypeVar("D", bound=BaseModel)
 M = TypeVar("M", bound=BaseModel)
 
@@ -41,9 +44,16 @@ class RunConfig(_Section):
     directory: Path = Field(Path("runs"), description="folder of all runs")
     seed: int = Field(0, ge=0, description="of training: order of images, augmentation")
     arms: tuple[Arm, ...] = Field(
-        ("zero_shot", "baseline", "evidence"), min_length=1, description="what is run, then compared"
+        ("zero_shot", "baseline", "evidence"),
+        min_length=1,
+        description="what is run, then compared; swap is the baseline with background-swap augmentation",
+    )
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="of the training images of each class, held out for evaluations while training"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is what accelerate launch chose")
+    resume: bool = Field(False, description="keep finished arms, and continue the one that was interrupted")
+    report_to: tuple[str, ...] = Field((), description="trackers, such as tensorboard, wandb, trackio or mlflow")
 
     @field_validator("arms")
     @classmethod
@@ -82,6 +92,9 @@ class EvaluationConfig(_Section):
     batch_size: int = Field(64, gt=0, description="images per process")
     gallery: int = Field(12, ge=0, description="test images shown with their heatmaps, per split")
     swap_seed: int = Field(0, ge=0, description="which background goes to which object")
+    interpolation: float = Field(
+        1.0, ge=0, le=1, description="share of the tuned weights in what is judged and saved; the rest is the start's"
+    )
 
 
 class ExperimentConfig(_Section, Generic[D, M]):
@@ -121,8 +134,7 @@ def component(family: str, name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not
-        package = importlib.import_module(f"evidence_ft.{family}")
-        known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+        known = _names(family)
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
@@ -134,16 +146,23 @@ def component(family: str, name: str) -> ModuleType:
     return module
 
 
-def parse(tree: dict[str, Any], source: str = "config") -> ExperimentConfig[Any, Any]:
+def _names(family: str) -> list[str]:
+    package = importlib.import_module(f"evidence_ft.{family}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def parse(tree: Mapping[str, Any], source: str = "config", *, method: str | None = None) -> ExperimentConfig[Any, Any]:
     """A nested mapping to a checked configuration.
 
     Args:
         tree: as read from YAML.
         source: named in errors.
+        method: whose section under ``methods`` counts, where the tree itself names no ``method.name``.
 
     Raises:
         ConfigError: one line per complaint, each with its dotted key.
     """
+    tree = _for_method(tree, method, source)
     kind = _config_class(tree, source)
     try:
         config = kind.model_validate(tree)
@@ -154,6 +173,38 @@ def parse(tree: dict[str, Any], source: str = "config") -> ExperimentConfig[Any,
     component("heatmaps", config.evaluation.heatmap)
     component("alignments", config.evidence.alignment)
     return config
+
+
+def _for_method(tree: Mapping[str, Any], method: str | None, source: str) -> dict[str, Any]:
+    """The tree with its section for one method laid over the rest, and that method named in it."""
+    sections = _section(tree, "methods", source)
+    for name in sections:
+        own = _section(_section(sections, name, f"{source}: methods"), "method", f"{source}: methods.{name}")
+        _component_of("methods", own.get("name", name), f"{source}: methods.{name}")
+    chosen = _section(tree, "method", source).get("name", method or _SECTIONS["method"].default)
+    rest = {key: values for key, values in tree.items() if key != "methods"}
+    laid = _laid_over(rest, sections.get(chosen, {}) if isinstance(chosen, str) else {})
+    laid["method"] = {"name": chosen, **_section(laid, "method", source)}
+    return laid
+
+
+def _laid_over(tree: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    laid = dict(tree)
+    for key, value in top.items():
+        below = laid.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _laid_over(below, value)
+        laid[key] = value
+    return laid
+
+
+def _section(tree: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    values = tree.get(name)
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {name} is {values!r}, expected a section with keys")
+    return dict(values)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -181,7 +232,12 @@ def dump(config: ExperimentConfig[Any, Any]) -> str:
 
 
 def parse_command_line(
-    default: Path, description: str, arguments: Sequence[str] | None = None
+    default: Path,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    method: str | None = None,
+    arms: Sequence[Arm] | None = None,
 ) -> ExperimentConfig[Any, Any]:
     """YAML plus dotted flags: ``--config my.yaml --evidence.weight 0``.
 
@@ -192,18 +248,23 @@ def parse_command_line(
         default: configuration without ``--config``.
         description: shown by ``--help``.
         arguments: the command line's by default.
+        method: ``method.name`` where neither the file nor a flag says otherwise.
+        arms: ``run.arms``, likewise.
 
     Raises:
         SystemExit: 0 after ``--help`` or ``--print-config``, 2 after a complaint.
     """
     try:
-        return _parse_command_line(default, description, sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        return _parse_command_line(default, description, arguments, method, arms)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from error
 
 
-def _parse_command_line(default: Path, description: str, arguments: Sequence[str]) -> ExperimentConfig[Any, Any]:
+def _parse_command_line(
+    default: Path, description: str, arguments: Sequence[str], method: str | None, arms: Sequence[Arm] | None
+) -> ExperimentConfig[Any, Any]:
     # The flags depend on the data format and the method, so those are looked up first.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, default=default)
@@ -214,11 +275,18 @@ def _parse_command_line(default: Path, description: str, arguments: Sequence[str
     tree = read(first.config)
     replaced: list[str] = []
     for section, name in (("data", first.data), ("method", first.method)):
-        if name is not None and name != _kind_of(tree, section, source):
-            tree[section] = {_SECTIONS[section].key: name}  # another kind has other keys
+        key = _SECTIONS[section].key
+        values = _section(tree, section, source)
+        if name is not None and name != values.get(key):
+            # Another kind has other keys; what stands there without naming a kind holds for all.
+            tree[section] = {key: name} if key in values else {**values, key: name}
             replaced.append(section)
+    tree = _for_method(tree, method, source)
+    if arms is not None:
+        tree["run"] = {"arms": tuple(arms), **_section(tree, "run", source)}
     kind = _config_class(tree, source)
-    defaults = _with_blanks(kind, tree, replaced, source) if replaced else parse(tree, source)
+    blanks = {section: missing for section in replaced if (missing := _missing(kind, section, tree[section]))}
+    defaults = _with_blanks(kind, tree, blanks, source) if blanks else parse(tree, source)
 
     fields: Any = kind  # known at run time only
 
@@ -259,46 +327,49 @@ class _Kinds(NamedTuple):
 _SECTIONS = {"data": _Kinds("datasets", "format", "shapes"), "method": _Kinds("methods", "name", "flcp")}
 
 
-def _kind_of(tree: dict[str, Any], section: str, source: str) -> str:
-    values = tree.get(section)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: {section} is {values!r}, expected a section with keys")
-    kinds = _SECTIONS[section]
-    name = values.get(kinds.key, kinds.default)
-    if not isinstance(name, str):
-        raise ConfigError(f"{source}: {section}.{kinds.key} is {name!r}, expected a name such as {kinds.default!r}")
-    return name
-
-
 def _config_class(tree: dict[str, Any], source: str) -> type[ExperimentConfig[Any, Any]]:
     """The configuration whose ``data`` and ``method`` have the fields of the named kinds."""
     kind: Any = ExperimentConfig
     classes: list[type[BaseModel]] = []
     for section, kinds in _SECTIONS.items():
-        name = _kind_of(tree, section, source)
-        tree[section] = {**(tree.get(section) or {}), kinds.key: name}
-        try:
-            classes.append(component(kinds.family, name).Config)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {section}.{kinds.key}: {error}") from error
+        values = _section(tree, section, source)
+        name = values.setdefault(kinds.key, kinds.default)
+        tree[section] = values
+        classes.append(_component_of(kinds.family, name, f"{source}: {section}.{kinds.key}").Config)
     chosen: type[ExperimentConfig[Any, Any]] = kind[tuple(classes)]
     return chosen
 
 
+def _component_of(family: str, name: Any, source: str) -> ModuleType:
+    if not isinstance(name, str):
+        raise ConfigError(f"{source} is {name!r}, expected a name such as {next(iter(_names(family)))!r}")
+    try:
+        return component(family, name)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _missing(kind: type[ExperimentConfig[Any, Any]], section: str, values: Mapping[str, Any]) -> list[str]:
+    """What a section cannot do without and does not have."""
+    return [n for n, field in _fields_of(kind, section).model_fields.items() if field.is_required() and n not in values]
+
+
+def _fields_of(kind: type[ExperimentConfig[Any, Any]], section: str) -> type[BaseModel]:
+    fields = kind.model_fields[section].annotation
+    if not (isinstance(fields, type) and issubclass(fields, BaseModel)):
+        raise TypeError(f"{section} of {kind} is no model")
+    return fields
+
+
 def _with_blanks(
-    kind: type[ExperimentConfig[Any, Any]], tree: dict[str, Any], sections: Sequence[str], source: str
+    kind: type[ExperimentConfig[Any, Any]], tree: dict[str, Any], blanks: Mapping[str, Sequence[str]], source: str
 ) -> ExperimentConfig[Any, Any]:
-    """Defaults in which what the replaced sections cannot do without is left for the flags to fill."""
-    base = parse({key: value for key, value in tree.items() if key not in sections}, source)
-    filled = {}
-    for section in sections:
-        fields = kind.model_fields[section].annotation
-        if not (isinstance(fields, type) and issubclass(fields, BaseModel)):
-            raise TypeError(f"{section} of {kind} is no model")
-        missing = {name: tyro.MISSING for name, field in fields.model_fields.items() if field.is_required()}
-        filled[section] = fields.model_construct(**missing)
+    """Defaults in which what some sections cannot do without is left for the flags to fill."""
+    base = parse({key: value for key, value in tree.items() if key not in blanks}, source)
+    filled = {
+        section: _fields_of(kind, section).model_construct(**{**tree[section], **dict.fromkeys(missing, tyro.MISSING)})
+        for section, missing in blanks.items()
+    }
     return kind.model_construct(**{**{name: getattr(base, name) for name in kind.model_fields}, **filled})
 
 

@@ -1,37 +1,74 @@
 """Configuration to objects to run records: the only module that resolves names.
 
-An experiment is up to three arms from one start and one seed: ``zero_shot`` (nothing is trained), ``baseline`` (the
-method with the evidence loss at weight 0) and ``evidence`` (the same with its weight). What can be checked is checked
-before training starts.
+An experiment is some of five arms from one start and one seed: ``zero_shot`` (nothing is trained), ``baseline`` (the
+method with the evidence loss at weight 0), ``evidence`` (the same with its weight), ``swap`` (the baseline with
+background-swap augmentation) and ``evidence_swap`` (both). What can be checked is checked before training starts.
 """
 
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
+from evidence_ft.adaptation import interpolate, snapshot
+from evidence_ft.backgrounds import BackgroundSwap
+from evidence_ft.checkpoints import flattened
 from evidence_ft.classifier import Classifier, FineTuning
 from evidence_ft.config import Arm, ConfigError, ExperimentConfig, component, parse, parse_command_line
 from evidence_ft.encoder import CheckpointError, DualEncoder
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
-from evidence_ft.files import RunFileError
+from evidence_ft.files import RunFileError, named
 from evidence_ft.images import DataError
+from evidence_ft.model import BaseModelRef, save_model
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.report import format_table, write_comparison
-from evidence_ft.runs import DataRecord, RunRecord, SkippedSample, StoredFile, environment, write_config
-from evidence_ft.samples import EvidenceDataset, fingerprint, validate
+from evidence_ft.runs import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    DataRecord,
+    RunRecord,
+    SkippedSample,
+    StoredFile,
+    environment,
+    write_config,
+)
+from evidence_ft.samples import EvidenceDataset, Subset, fingerprint, validate
 from evidence_ft.tower import UnsupportedTowerError, resolve_layers
-from evidence_ft.training import EvidenceTerm, Fitted, Trainer, TrainingError, TrainingStep
+from evidence_ft.trainer import Interrupted, Trainer
+from evidence_ft.training import EvidenceTerm, TrainingError, TrainingStep, extract_features
 from evidence_ft.transforms import ModelInputs, SampleTransform, to_pixels
 
 _log = logging.getLogger(__name__)
+
+SWAP_PROBABILITY = 0.5
+"""Of the swap arms, where ``training.background_swap`` names none."""
+
+VALIDATION = "held out"
+"""Name among the splits of the training images that ``run.validation_share`` holds out."""
+
+ArmState: TypeAlias = Literal["new", "interrupted", "finished", "other"]
+"""Nothing there; begun with these settings; finished with these settings; or left by other settings."""
+
+MENDABLE = (CheckpointError, ConfigError, DataError, RunFileError, TrainingError, UnsupportedTowerError)
+"""Errors whose message says all that a user needs."""
+
+_SWAP_ARMS: tuple[Arm, ...] = ("swap", "evidence_swap")
+_EVIDENCE_ARMS: tuple[Arm, ...] = ("evidence", "evidence_swap")
+_NO_MATTER = {
+    *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume")),
+    *(f"training.{key}" for key in ("checkpoint_every", "keep_checkpoints", "num_workers")),
+    *(f"training.{key}" for key in ("watch_every", "watch_images")),
+}  # settings that do not decide what an arm finds
 
 
 class Split(NamedTuple):
@@ -41,24 +78,28 @@ class Split(NamedTuple):
     record: DataRecord
 
 
-def main(default: Path, description: str) -> None:
+def main(default: Path, description: str, *, method: str | None = None, arms: Sequence[Arm] | None = None) -> None:
     """What a recipe does: read the command line, run, print the table and where the report is.
 
     Args:
         default: configuration without ``--config``.
         description: of ``--help``.
+        method: ``method.name`` where neither the file nor a flag says otherwise.
+        arms: ``run.arms``, likewise.
 
     Raises:
-        SystemExit: with the message alone, for everything a user can mend.
+        SystemExit: 75 when interrupted; with the message alone, for everything a user can mend.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Hub clients report each request, and every process would.
     for library in ("httpx", "httpcore", "huggingface_hub", "matplotlib", "fontTools"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    config = parse_command_line(default, description)
+    config = parse_command_line(default, description, method=method, arms=arms)
     try:
         directory = run(config)
-    except (CheckpointError, ConfigError, DataError, RunFileError, TrainingError, UnsupportedTowerError) as error:
+    except Interrupted as interrupted:
+        raise SystemExit(interrupted.exit_code) from interrupted
+    except MENDABLE as error:
         raise SystemExit(f"error: {error}") from error
     if directory is not None:
         sys.stdout.write(f"\n{(directory / 'comparison.html').resolve()}\n")
@@ -78,21 +119,93 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
         DataError: images or masks that cannot be used.
         CheckpointError: a model that cannot be loaded.
         TrainingError: training that cannot go on.
+        RunFileError: an interrupted arm that cannot be resumed.
+        Interrupted: SIGTERM or Ctrl-C; ``run.resume`` continues.
     """
-    accelerator = _accelerator(config)
-    splits = _load_splits(config, accelerator)
-    if config.data.train_split in splits:
-        config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
-    directory = config.run.directory / config.run.name
-    _check_others(config, splits, directory)
-    for arm in config.run.arms:
-        _run_arm(arm, config, splits, directory / arm, accelerator)
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return None
-    comparison = write_comparison(directory)
-    sys.stdout.write(f"\n{format_table(comparison)}\n")
+    directory = run_arms(config)
+    if directory is not None:
+        comparison = write_comparison(directory)
+        sys.stdout.write(f"\n{format_table(comparison)}\n")
     return directory
+
+
+def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
+    """Run the arms of an experiment one after the other: `run` without the comparison."""
+    _check_settings(config)
+    accelerator = _accelerator(config)
+    directory = config.run.directory / config.run.name
+    arms = _arms_to_run(config, directory, accelerator)
+    splits = _load_splits(config, accelerator)
+    _check_others(config, arms, splits, directory)
+    try:
+        for arm, resume in arms.items():
+            _run_arm(arm, config, splits, directory / arm, accelerator, resume=resume)
+    except Interrupted as interrupted:
+        if accelerator.is_main_process:
+            _log.warning("%s; the same command with --run.resume continues", interrupted)
+        raise
+    finally:
+        accelerator.end_training()
+    return directory if accelerator.is_main_process else None
+
+
+def arm_state(config: ExperimentConfig[Any, Any], arm: Arm) -> ArmState:
+    """What an earlier run of this experiment has left of an arm.
+
+    Raises:
+        RunFileError: its record is damaged.
+    """
+    directory = config.run.directory / config.run.name / arm
+    if (directory / RECORD_FILE).exists():
+        return "finished" if not _differing(RunRecord.read(directory).config, config, arm) else "other"
+    if not directory.exists():
+        return "new"
+    try:
+        begun = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return "other"
+    return "interrupted" if isinstance(begun, dict) and not _differing(begun, config, arm) else "other"
+
+
+def _differing(found: Mapping[str, Any], config: ExperimentConfig[Any, Any], arm: Arm) -> list[str]:
+    """Dotted keys in which settings that were found differ from an arm's, among those that matter."""
+    theirs, ours = flattened(found), flattened(arm_config(config, arm).model_dump(mode="json"))
+    return [key for key in theirs | ours if key not in _NO_MATTER and theirs.get(key) != ours.get(key)]
+
+
+def _check_settings(config: ExperimentConfig[Any, Any]) -> None:
+    """Settings that are fine each by itself, but not together."""
+    arms, training = config.run.arms, config.training
+    if training.background_swap and not set(arms) & set(_SWAP_ARMS):
+        raise ConfigError(
+            f"training.background_swap = {training.background_swap:g}, but none of run.arms = {named(arms)} swaps "
+            "backgrounds; add swap or evidence_swap, or leave background_swap out"
+        )
+    if training.evaluate_every and not config.run.validation_share:
+        raise ConfigError(
+            f"training.evaluate_every = {training.evaluate_every}, but no images are held out to evaluate on; set "
+            "run.validation_share, for example to 0.1: test images are not for choosing models"
+        )
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if missing := [name for name in config.run.report_to if name not in available]:
+        raise ConfigError(f"run.report_to names {named(missing)}, which is not installed; there are {named(available)}")
+
+
+def _arms_to_run(config: ExperimentConfig[Any, Any], directory: Path, accelerator: Accelerator) -> dict[Arm, bool]:
+    """The arms, and whether they go on from where they were: with ``run.resume``, those that have not finished."""
+    if not config.run.resume:
+        return dict.fromkeys(config.run.arms, False)
+    states = {arm: arm_state(config, arm) for arm in config.run.arms}
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if others := [arm for arm, state in states.items() if state == "other"]:
+        raise ConfigError(
+            f"run.resume: {directory / others[0]} was begun with other settings; resume with those of its "
+            f"{CONFIG_FILE}, choose another run.name, or run without --run.resume, which moves it to replaced"
+        )
+    for arm, state in states.items():
+        if accelerator.is_main_process and state != "new":
+            _log.info("%s: %s", arm, "has finished; kept" if state == "finished" else "was interrupted; continuing")
+    return {arm: state == "interrupted" for arm, state in states.items() if state != "finished"}
 
 
 def _accelerator(config: ExperimentConfig[Any, Any]) -> Accelerator:
@@ -101,7 +214,11 @@ def _accelerator(config: ExperimentConfig[Any, Any]) -> Accelerator:
             "run.device = 'cuda', but torch sees no GPU here; set run.device to 'auto' or 'cpu', or install a build of "
             f"torch for your GPU (this is {torch.__version__})"
         )
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    accelerator = Accelerator(
+        cpu=config.run.device == "cpu",
+        log_with=list(config.run.report_to) or None,
+        project_dir=config.run.directory / config.run.name,
+    )
     if config.run.device == "cuda" and accelerator.device.type != "cuda":
         raise ConfigError(
             f"run.device = 'cuda', but accelerate was launched for {accelerator.device}; launch it without --cpu"
@@ -134,13 +251,8 @@ def _load_splits(config: ExperimentConfig[Any, Any], accelerator: Accelerator) -
         )
         if bad and accelerator.is_main_process:
             _log.warning("%s: skipped %d bad sample(s), listed in run.json", name, len(bad))
-        record = DataRecord(
-            fingerprint=fingerprint(dataset),
-            n=len(dataset),
-            annotated=sum(source != "none" for source in dataset.mask_sources),
-            skipped=tuple(SkippedSample(sample_id=sample.sample_id, reason=sample.reason) for sample in bad),
-        )
-        splits[name] = Split(dataset, record)
+        skipped = tuple(SkippedSample(sample_id=sample.sample_id, reason=sample.reason) for sample in bad)
+        splits[name] = _described(dataset, skipped)
     first = splits[names[0]].dataset
     for name in names:
         if list(splits[name].dataset.class_names) != list(first.class_names):
@@ -148,22 +260,68 @@ def _load_splits(config: ExperimentConfig[Any, Any], accelerator: Accelerator) -
                 f"splits {names[0]!r} and {name!r} have different classes: {list(first.class_names)} and "
                 f"{list(splits[name].dataset.class_names)}; give data.classes to fix their order"
             )
-    if "evidence" in config.run.arms and config.evidence.weight and not splits[data.train_split].record.annotated:
+    if trains and config.run.validation_share:
+        train = splits[data.train_split]
+        kept, held_out = hold_out(train.dataset.labels, config.run.validation_share, config.run.seed)
+        if not held_out:
+            raise ConfigError(
+                f"run.validation_share = {config.run.validation_share:g} of each class holds out none of "
+                f"{train.record.n} training images; raise it"
+            )
+        splits[data.train_split] = _described(Subset(train.dataset, kept), train.record.skipped)
+        splits[VALIDATION] = _described(Subset(train.dataset, held_out))
+    aligns = config.evidence.weight and set(config.run.arms) & set(_EVIDENCE_ARMS)
+    if aligns and not splits[data.train_split].record.annotated:
         raise DataError(
             f"no image of split {data.train_split!r} has a mask or box, so there is nothing to align evidence with; "
             "annotate some, set evidence.weight to 0, or leave the arm out (run.arms)"
         )
+    if set(config.run.arms) & set(_SWAP_ARMS) and splits[data.train_split].record.annotated < 2:
+        record = splits[data.train_split].record
+        raise DataError(
+            f"{record.annotated} of {record.n} images of split {data.train_split!r} have a mask or box, so there are "
+            "no backgrounds to swap; annotate some, or leave the swap arms out (run.arms)"
+        )
     return splits
+
+
+def _described(dataset: EvidenceDataset, skipped: tuple[SkippedSample, ...] = ()) -> Split:
+    record = DataRecord(
+        fingerprint=fingerprint(dataset),
+        n=len(dataset),
+        annotated=sum(source != "none" for source in dataset.mask_sources),
+        skipped=skipped,
+    )
+    return Split(dataset, record)
+
+
+def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on, and rows to hold out: the same share of each class, rounded, but never a whole class.
+
+    Example:
+        >>> kept, held_out = hold_out([0, 0, 0, 0, 1, 1, 2], share=0.5, seed=0)
+        >>> len(held_out), sorted(kept + held_out), 6 in kept
+        (3, [0, 1, 2, 3, 4, 5, 6], True)
+    """
+    generator = np.random.default_rng(seed)
+    held_out: list[int] = []
+    for label in sorted(set(labels)):
+        rows = [row for row, other in enumerate(labels) if other == label]
+        count_out = min(round(share * len(rows)), len(rows) - 1)
+        held_out += generator.permutation(rows)[:count_out].tolist()
+    return sorted(set(range(len(labels))) - set(held_out)), sorted(held_out)
 
 
 def arm_config(config: ExperimentConfig[Any, Any], arm: Arm) -> ExperimentConfig[Any, Any]:
     """The configuration of one arm alone: what its record holds, and what reproduces it."""
     tree = config.model_dump()
-    tree["run"]["arms"] = (arm,)
-    if arm == "baseline":
+    tree["run"] |= {"arms": (arm,), "resume": False}
+    if arm not in _EVIDENCE_ARMS:
         tree["evidence"]["weight"] = 0.0
+    swap = config.training.background_swap or SWAP_PROBABILITY
+    tree["training"]["background_swap"] = swap if arm in _SWAP_ARMS else 0.0
     if arm == "zero_shot":
-        tree["method"] = {"name": "zero_shot", "template": config.method.template}
+        tree["method"] = {"name": "zero_shot", "templates": config.method.templates}
     return parse(tree)
 
 
@@ -173,37 +331,58 @@ def _run_arm(
     splits: Mapping[str, Split],
     directory: Path,
     accelerator: Accelerator,
+    *,
+    resume: bool,
 ) -> None:
     config = arm_config(config, arm)
     set_seed(config.run.seed)
-    encoder = component("backbones", config.model.backbone).load(config.model.checkpoint)
-    start = encoder.fingerprint()
+    encoder: DualEncoder = component("backbones", config.model.backbone).load(config.model.checkpoint)
+    base = BaseModelRef(config.model.backbone, config.model.checkpoint, encoder.fingerprint())
     names = next(iter(splits.values())).dataset.class_names
-    tuning: FineTuning = component("methods", config.method.name).prepare(encoder, names, config.method)
+    try:
+        tuning: FineTuning = component("methods", config.method.name).prepare(encoder, names, config.method)
+    except ValueError as error:
+        raise ConfigError(f"method.name = {config.method.name!r}: {error}") from error
     _check_layers(config, encoder)
-    if arm != "zero_shot" and not tuning.trains:
-        raise ConfigError(f"method.name = {config.method.name!r} trains nothing; set run.arms to zero_shot")
-    _make_room(directory, accelerator)
-    model = {"backbone": config.model.backbone, "checkpoint": config.model.checkpoint, "sha256": start}
-    training = None
-    if arm != "zero_shot":
-        training = _train(tuning, config, splits[config.data.train_split].dataset, directory, accelerator, arm)
-        model["fine_tuned_sha256"] = encoder.fingerprint()
+    if not tuning.trains and arm not in ("zero_shot", "baseline"):
         if accelerator.is_main_process:
-            tuning.save(directory / "model")  # before the evaluation: whatever happens there, the training is kept
+            _log.warning("%s: skipped, because method %s trains nothing", arm, config.method.name)
+        return
+    if tuning.trains:
+        config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
+    if not resume:
+        _make_room(directory, accelerator)
+        if accelerator.is_main_process:
+            write_config(directory, config.model_dump(mode="json"))
+    accelerator.wait_for_everyone()
+    training = _train(tuning, config, splits, directory, accelerator, arm, resume=resume)
+    model = {**config.model.model_dump(), "sha256": base.sha256}
+    if tuning.trains:
+        model["fine_tuned_sha256"] = encoder.fingerprint()
+    if accelerator.is_main_process:
+        # Before the evaluation: whatever happens there, the training is kept.
+        save_model(
+            directory / "model",
+            tuning,
+            class_names=names,
+            method_config=config.method,
+            base=base,
+            heatmap=config.evaluation.heatmap,
+            layers=config.evaluation.layers,
+        )
     classifier = tuning.classifier()
     results, stored = {}, {}
     for split in config.data.test_splits:
-        outcomes = _evaluate(classifier, encoder, config, splits[split].dataset, split, accelerator, arm)
+        dataset = splits[split].dataset
+        outcomes = _evaluate(classifier, encoder, config, dataset, split, accelerator, f"{arm} on {split}")
         results[split] = summarise(outcomes, config.evaluation.threshold)
         if accelerator.is_main_process:
             path = directory / "outcomes" / f"{split}.parquet"
             outcomes.write(path)
             stored[split] = StoredFile.of(path, directory)
-            _write_gallery(classifier, encoder, config, splits[split].dataset, directory, split)
+            _write_gallery(classifier, encoder, config, dataset, directory, split)
     if not accelerator.is_main_process:
         return
-    write_config(directory, config.model_dump(mode="json"))
     RunRecord(
         arm=arm,
         name=config.run.name,
@@ -227,12 +406,13 @@ def _check_layers(config: ExperimentConfig[Any, Any], encoder: DualEncoder) -> N
             raise ConfigError(f"{section}.{error}") from error
 
 
-def _check_others(config: ExperimentConfig[Any, Any], splits: Mapping[str, Split], directory: Path) -> None:
+def _check_others(
+    config: ExperimentConfig[Any, Any], arms: Collection[Arm], splits: Mapping[str, Split], directory: Path
+) -> None:
     """Arms that an earlier run left under this name must be comparable with those that are about to run."""
     evaluation = config.model_dump(mode="json")["evaluation"]
-    for file in sorted(directory.glob("*/run.json")):
-        arm = file.parent.name
-        if arm in config.run.arms:
+    for file in sorted(directory.glob(f"*/{RECORD_FILE}")):
+        if file.parent.name in arms:
             continue
         record = RunRecord.read(file.parent)
         tests = {split: splits[split].record.fingerprint for split in config.data.test_splits}
@@ -247,25 +427,57 @@ def _check_others(config: ExperimentConfig[Any, Any], splits: Mapping[str, Split
 def _train(
     tuning: FineTuning,
     config: ExperimentConfig[Any, Any],
-    dataset: EvidenceDataset,
+    splits: Mapping[str, Split],
     directory: Path,
     accelerator: Accelerator,
     arm: Arm,
-) -> dict[str, Any]:
+    *,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Everything that depends on the training images; what is recorded of it, None where there is nothing."""
+    if not tuning.trains and tuning.read_training_set is None:
+        return None
+    began = time.monotonic()
+    dataset, preprocessing = splits[config.data.train_split].dataset, tuning.encoder.preprocessing
+    tuning.encoder.to(accelerator.device)
+    tuning.head.to(accelerator.device)
+    as_they_are = ModelInputs(dataset, SampleTransform(preprocessing), seed=0)
+    if tuning.read_training_set is not None:
+        tuning.read_training_set(
+            *extract_features(tuning.encoder, as_they_are, accelerator, config.evaluation.batch_size)
+        )
+    if not tuning.trains:
+        return {"steps": 0, "seconds": round(time.monotonic() - began, 1)}
+    share = config.evaluation.interpolation
+    start = snapshot(tuning.encoder, tuning.head) if share < 1 else None
     evidence = EvidenceTerm(
         component("heatmaps", config.evidence.heatmap).heatmap,
         component("alignments", config.evidence.alignment).loss,
         config.evidence.layers,
         config.evidence.weight,
     )
-    transform = SampleTransform(tuning.encoder.preprocessing, config.training.augmentation)
-    began = time.monotonic()
-    fitted: Fitted = Trainer(config.training, accelerator, directory / "metrics.jsonl").fit(
+    probability = config.training.background_swap
+    inputs = ModelInputs(
+        dataset,
+        SampleTransform(preprocessing, config.training.augmentation),
+        config.run.seed,
+        BackgroundSwap(dataset, probability) if probability else None,
+    )
+    unseen = splits[VALIDATION].dataset if VALIDATION in splits else None
+    _start_trackers(config, directory, accelerator)
+    fitted = Trainer(config.training, accelerator, directory).fit(
         TrainingStep(tuning, evidence),
-        ModelInputs(dataset, transform, config.run.seed),
+        inputs,
         seed=config.run.seed,
         description=arm,
+        resume=resume,
+        settings={"model": config.model.model_dump(), "method": config.method.model_dump(mode="json")},
+        panel=as_they_are if unseen is None else ModelInputs(unseen, SampleTransform(preprocessing), seed=0),
+        evaluate=None if unseen is None else _judge(tuning, config, unseen, accelerator),
     )
+    _stop_trackers(accelerator)
+    if start is not None:
+        interpolate(tuning.encoder, tuning.head, start, share)
     probe = fitted.first_probe
     return {
         "steps": fitted.steps,
@@ -274,7 +486,43 @@ def _train(
         "first_task_gradient_norm": probe and probe.task,
         "first_evidence_gradient_norm": probe and probe.evidence,
         "first_evidence_to_task_gradient_ratio": probe and probe.ratio,
+        "last_evidence_weight": fitted.weight,
+        "best_step": fitted.best_step,
     }
+
+
+def _judge(
+    tuning: FineTuning, config: ExperimentConfig[Any, Any], dataset: EvidenceDataset, accelerator: Accelerator
+) -> Callable[[], Mapping[str, float]]:
+    """The held-out images, judged by the model as it is when this is called."""
+
+    def judge() -> Mapping[str, float]:
+        outcomes = _evaluate(
+            tuning.classifier(), tuning.encoder, config, dataset, VALIDATION, accelerator, "held-out images"
+        )
+        return summarise(outcomes, config.evaluation.threshold)
+
+    return judge
+
+
+def _start_trackers(config: ExperimentConfig[Any, Any], directory: Path, accelerator: Accelerator) -> None:
+    """A tracker's project is the run, and its run the arm."""
+    if not config.run.report_to:
+        return
+    accelerator.project_configuration.set_directories(directory)
+    settings = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in flattened(config.model_dump(mode="json")).items()
+    }
+    by_name = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
+    named_by = {tracker: {key: directory.name} for tracker, key in by_name.items()}
+    accelerator.init_trackers(config.run.name, settings, named_by)
+
+
+def _stop_trackers(accelerator: Accelerator) -> None:
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
 
 
 def _evaluate(
@@ -284,7 +532,7 @@ def _evaluate(
     dataset: EvidenceDataset,
     split: str,
     accelerator: Accelerator,
-    arm: Arm,
+    description: str,
 ) -> Outcomes:
     settings = config.evaluation
     return evaluate(
@@ -297,7 +545,7 @@ def _evaluate(
         batch_size=settings.batch_size,
         swap_seed=settings.swap_seed,
         split=split,
-        description=f"{arm} on {split}",
+        description=description,
     )
 
 

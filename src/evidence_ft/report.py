@@ -23,10 +23,14 @@ from evidence_ft.metrics import Interval, RatioStatistic, percentile_interval, r
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.runs import METRICS_FILE, RECORD_FILE, RunRecord, read_steps
 
-ARM_ORDER = ("zero_shot", "baseline", "evidence")
+ARM_ORDER = ("zero_shot", "baseline", "evidence", "swap", "evidence_swap")
 """Arms of these names come first, in this order; others follow by name."""
 REFERENCE = "baseline"
 """The arm the others are compared with; without it, the first."""
+
+_MEANT = ("evidence.weight", "training.background_swap")  # what arms differ in on purpose
+_PROMPTS = ("method.templates",)  # of the method's settings, what an arm that was not trained has too
+_SHOWN = 5  # settings that a warning names before it only counts
 
 _RATES = ("accuracy", "PT", "IR", "RR", "mean_RMA", "swapped_accuracy")
 _LABELS = {
@@ -185,7 +189,8 @@ def format_table(comparison: Comparison) -> str:
     """
     if not comparison.arms:
         return f"{comparison.name}: no finished arms"
-    blocks = []
+    blocks = [_aligned_text(_arms_table(comparison.arms))]
+    blocks += [f"WARNING: {warning}" for warning in _warnings(comparison)]
     for split in comparison.splits:
         header, *rows = _overview(comparison, split)
         blocks.append("\n".join([f"{comparison.name}, {split} (per cent)", _aligned_text([header, *rows])]))
@@ -206,7 +211,8 @@ def format_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown: verdicts, tables, what differs in the settings."""
     if not comparison.arms:
         return f"# {_cell(comparison.name)}\n\nNo finished arms.\n"
-    parts = [f"# {_cell(comparison.name)}"]
+    parts = [f"# {_cell(comparison.name)}", _markdown_table(_arms_table(comparison.arms))]
+    parts += [f"**Warning:** {_cell(warning)}" for warning in _warnings(comparison)]
     for split in comparison.splits:
         parts += [f"## {_cell(split)}", *map(_cell, comparison.verdicts[split])]
         parts.append(_markdown_table(_overview(comparison, split)))
@@ -247,6 +253,8 @@ def format_html(comparison: Comparison) -> str:
     return environment.get_template("comparison.html.j2").render(
         name=comparison.name,
         arms=[arm.name for arm in arms],
+        described=_arms_table(arms),
+        warnings=_warnings(comparison),
         reference=comparison.reference,
         threshold=comparison.threshold,
         explained=_evaluation(arms[0]).get("explain", "label") if arms else "label",
@@ -520,6 +528,7 @@ def _legend(threshold: float) -> list[tuple[str, str]]:
         "IR": "inference reliability, RR / (RR + WR): of right rationales, those with a right prediction.",
         "PT floor": "the PT of a heatmap that is the same everywhere: what large masks alone would give.",
         "Swapped background": "accuracy on the same objects in front of the background of another image.",
+        "Background swap": "share of the training images whose object stood on another one's painted-out background.",
         "Interval": "95 %, from 10,000 draws of the test images, the same for all arms. It covers the choice of test "
         "images, not another training seed.",
     }
@@ -549,7 +558,71 @@ def _notes(comparison: Comparison) -> list[str]:
     return notes
 
 
+def _warnings(comparison: Comparison) -> list[str]:
+    """Differences between arms that no arm is meant to make: with these, the tables compare something else."""
+    # A trained arm first: with one that was not trained, others can only be compared in part.
+    arms = sorted(comparison.arms, key=lambda arm: not arm.record.training)
+    found = []
+    for other in arms[1:]:
+        ours, theirs = _identity(arms[0]), _identity(other)
+        both_trained = arms[0].record.training and other.record.training
+        keys = ours | theirs if both_trained else [key for key in ours if key in theirs]
+        if differing := [key for key in keys if ours.get(key) != theirs.get(key)]:
+            values = "; ".join(
+                f"{key} is {_value(ours.get(key))} and {_value(theirs.get(key))}" for key in differing[:_SHOWN]
+            )
+            more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            found.append(
+                f"arms {arms[0].name} and {other.name} differ in more than they mean to: {values}{more}. Not all "
+                "that is between them comes from the arms; run them again with the same settings."
+            )
+    return found
+
+
+def _identity(arm: Arm) -> dict[str, Any]:
+    """What an arm must have in common with others. How they are judged is not part of it: that is refused."""
+    record = arm.record
+    settings = {
+        key: value
+        for key, value in _settings(arm).items()
+        if key not in _MEANT and not key.startswith(("run.", "evaluation."))
+    }
+    seen = {
+        f"images of {split}": data.fingerprint[:12]
+        for split, data in record.data.items()
+        if record.training or split in record.results
+    }
+    identity = settings | seen | {"start weights": record.model.get("sha256")}
+    if not record.training:
+        return identity
+    return identity | {"seed": record.seed, "processes": record.environment.get("num_processes")}
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    """An arm's settings by their dotted keys, without those that only training reads where nothing was trained."""
+    settings = dict(_flattened(arm.record.config))
+    if arm.record.training:
+        return settings
+    of_training = ("evidence.", "method.", "training.")
+    return {key: value for key, value in settings.items() if key in _PROMPTS or not key.startswith(of_training)}
+
+
 # Tables: a list of rows, the header first, everything already text
+
+
+def _arms_table(arms: Sequence[Arm]) -> list[list[str]]:
+    """What each arm was: method, weight, swap."""
+    rows = [["Arm", "Method", "Evidence weight", "Background swap", "Seed", "Steps"]]
+    for arm in arms:
+        config, training = arm.record.config, arm.record.training
+        of_training = [_value((config.get("evidence") or {}).get("weight"))]
+        of_training += [_value((config.get("training") or {}).get("background_swap", 0.0))]
+        of_training += [str(arm.record.seed), _value((training or {}).get("steps"))]
+        method = _value((config.get("method") or {}).get("name"))
+        share = _evaluation(arm).get("interpolation", 1.0)
+        mixed = f", {percent(share)} % tuned" if training and share < 1 else ""
+        rows.append([arm.name, method + mixed, *(of_training if training else ["\N{EN DASH}"] * 4)])
+    return rows
 
 
 def _overview(comparison: Comparison, split: str) -> list[list[str]]:
@@ -575,13 +648,15 @@ def _difference_table(comparison: Comparison, split: str) -> list[list[str]]:
 
 
 def _differing_settings(arms: Sequence[Arm]) -> list[list[str]]:
-    flat = [dict(_flattened(arm.record.config)) | {"seed": arm.record.seed} for arm in arms]
+    flat = [_settings(arm) | {"seed": arm.record.seed} for arm in arms]
     # Each arm's configuration lists the arm itself, which says nothing.
     keys = [key for key in dict.fromkeys(key for settings in flat for key in settings) if key != "run.arms"]
     rows = [["Key", *(arm.name for arm in arms)]]
     for key in keys:
         values = [_value(settings[key]) if key in settings else "\N{EN DASH}" for settings in flat]
-        if len(set(values)) > 1:
+        # That an arm which was not trained lacks a setting of training is no difference.
+        pairs = zip(arms, flat, values, strict=True)
+        if len({value for arm, settings, value in pairs if arm.record.training or key in settings}) > 1:
             rows.append([key, *values])
     return rows
 

@@ -1,18 +1,24 @@
 """The image tower: images to features, with a look inside.
 
-Tracing is written once, here; a backbone declares where its blocks and their attention are. What is not traced keeps
-the library's fused attention: only blocks from which attention is wanted compute it explicitly, for the length of one
-call. This module knows no model library.
+Tracing is written once, here; a backbone declares where its blocks and their attention are. Blocks below the first
+traced one keep the library's fused attention, and may be recomputed in the backward pass to save memory. From the first
+traced one on, a training heatmap differentiates twice: these blocks compute their attention explicitly and keep it, for
+the length of one call. This module knows no model library.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from evidence_ft.types import VisionTrace
 
@@ -51,8 +57,20 @@ class ImageTower(nn.Module, ABC):
         """
 
     def recomputes(self) -> bool:
-        """Whether activation checkpointing is on."""
+        """Whether the model library's own activation checkpointing is on, which a trace cannot live with."""
         return False
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations; gradients stay the same.
+
+        A trace recomputes the blocks below its first layer alone: with the last block traced that is nearly all of
+        the memory, with all blocks traced it is none.
+        """
+        for block in self.blocks():
+            if _is_recomputed(block):
+                del block.forward
+            if enabled:
+                block.forward = _Recomputed(block.forward)
 
     def trace(self, images: Tensor, layers: Layers = "all") -> VisionTrace:
         """Run the tower once and keep the attention of ``layers``.
@@ -66,23 +84,24 @@ class ImageTower(nn.Module, ABC):
 
         Raises:
             ValueError: no such layer.
-            RuntimeError: in inference mode, or with activation checkpointing on.
+            RuntimeError: in inference mode.
+            UnsupportedTowerError: the tower is compiled, or recomputed by anything but `set_checkpointing`.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("heatmaps need gradients, which torch.inference_mode forbids; use torch.no_grad instead")
-        if self.recomputes():
-            raise RuntimeError(
-                "activation checkpointing runs each block again in the backward pass, without the trace; switch it "
-                "off for the image tower: model.set_grad_checkpointing(False)"
-            )
+        _check_traceable(self)
         blocks = self.blocks()
         chosen = resolve_layers(layers, len(blocks))
         kept: dict[int, Tensor] = {}
         with ExitStack() as stack:
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             stack.callback(blocks[chosen[0]].register_forward_pre_hook(_open_graph).remove)
-            for layer in chosen:
-                stack.enter_context(self.explicit_attention(blocks[layer], partial(kept.__setitem__, layer)))
+            # Fused attention has no second derivative, so the blocks above a traced one are explicit even where their
+            # attention is not wanted; and what is recomputed is so after this call, when no block is explicit.
+            for layer in range(chosen[0], len(blocks)):
+                keep = partial(kept.__setitem__, layer) if layer in chosen else _forget
+                stack.enter_context(_remembered(blocks[layer]))
+                stack.enter_context(self.explicit_attention(blocks[layer], keep))
             features: Tensor = self(images)
         return VisionTrace(features, tuple(kept[layer] for layer in chosen), self.grid, self.num_prefix_tokens)
 
@@ -110,6 +129,99 @@ def _open_graph(_block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     torch.set_grad_enabled(True)
     tokens, *rest = args
     return (tokens if tokens.requires_grad else tokens.detach().requires_grad_(), *rest)
+
+
+def _forget(_attention: Tensor) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """A block's forward whose activations are dropped, and computed again when the backward pass asks for them."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        # Reentrant checkpointing refuses torch.autograd.grad, which is how a heatmap gets its gradients.
+        return checkpoint(self.forward, *args, use_reentrant=False, **options)
+
+
+def _is_recomputed(block: nn.Module) -> bool:
+    return isinstance(block.forward, _Recomputed)
+
+
+@contextmanager
+def _remembered(block: nn.Module) -> Iterator[None]:
+    """While open, the block keeps its activations, whatever `ImageTower.set_checkpointing` says."""
+    if not _is_recomputed(block):
+        yield
+        return
+    recomputed = block.forward
+    del block.forward
+    try:
+        yield
+    finally:
+        block.forward = recomputed
+
+
+def _check_traceable(tower: ImageTower) -> None:
+    if tower.recomputes():
+        raise UnsupportedTowerError(
+            "the model library's activation checkpointing runs each block again in the backward pass, without the "
+            "trace; switch it off (model.set_grad_checkpointing(False)) and use image_tower.set_checkpointing(True), "
+            "which spares the traced blocks"
+        )
+    for name, module in tower.named_modules():
+        if isinstance(module, CheckpointWrapper):
+            raise UnsupportedTowerError(
+                f"{name} is wrapped for activation checkpointing (Accelerate's fsdp_activation_checkpointing does so), "
+                "which runs it again in the backward pass, without the trace; use "
+                "image_tower.set_checkpointing(True) instead, which spares the traced blocks"
+            )
+        if _is_compiled(module):
+            raise UnsupportedTowerError(
+                f"{name or 'the image tower'} is compiled: attention captured inside a compiled graph has no gradient, "
+                "and compiled graphs have no second derivative; compile the text tower alone"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By ``torch.compile(module)``, or in place by ``module.compile()``."""
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def check_trainable(step: nn.Module, tower: ImageTower, layers: Layers) -> None:
+    """Refuse what would train on a wrong gradient of a heatmap, or fail inside the backward pass.
+
+    Args:
+        step: the module that is trained, wrapped as it will be; holds ``tower``.
+        tower: its image tower.
+        layers: blocks that will be traced.
+
+    Raises:
+        UnsupportedTowerError: the tower is compiled, sharded by FSDP1, or recomputed where it is traced.
+        ValueError: no such layer.
+    """
+    _check_traceable(tower)
+    blocks = tower.blocks()
+    first = resolve_layers(layers, len(blocks))[0]
+    if first == 0 and _is_recomputed(blocks[0]):
+        raise UnsupportedTowerError(
+            f"gradient checkpointing saves nothing while layers = {layers!r}: the heatmap needs every block from the "
+            "first traced one on; trace later blocks, such as layers = [-1], or switch gradient checkpointing off"
+        )
+    for name, module in step.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise UnsupportedTowerError(
+                f"{name or 'the training step'} is sharded by FSDP1, whose flat parameters refuse the gradient of a "
+                "gradient; set fsdp_version: 2 in the Accelerate configuration (configs/accelerate/fsdp2.yaml)"
+            )
+        if _is_compiled(module) and any(part is tower for part in module.modules()):
+            raise UnsupportedTowerError(
+                f"{name or 'the training step'} is compiled, and the image tower with it: attention captured inside a "
+                "compiled graph has no gradient, and compiled graphs have no second derivative; remove dynamo_config "
+                "from the Accelerate configuration"
+            )
 
 
 def check_tower(tower: ImageTower, image_size: tuple[int, int]) -> None:

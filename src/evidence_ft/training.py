@@ -1,31 +1,28 @@
-"""The training step, which is the module Accelerate wraps, and the loop around it.
+"""The training step, which is the module Accelerate wraps, and the probe of its two gradients.
 
 Everything that is differentiated happens inside `TrainingStep.forward`: under mixed precision, and under DDP with
 unused parameters, outputs of a wrapped module are copies, and a heatmap's gradient taken outside raises. Task and
-evidence go through one backward pass, so data parallelism needs nothing special. The loop knows nothing of heatmaps,
-masks or text; the probe of the evidence gradient lives beside the step.
+evidence go through one backward pass, so data parallelism needs nothing special; sharding is told of the gradient
+that is taken inside.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from evidence_ft.classifier import FineTuning
-from evidence_ft.distributed import gather, mean_over_defined, mean_over_processes
-from evidence_ft.evidence import has_evidence, mask_to_grid
+from evidence_ft.distributed import inner_gradient, mean_over_defined, mean_over_processes
+from evidence_ft.encoder import DualEncoder
+from evidence_ft.evidence import has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.tower import Layers
-from evidence_ft.transforms import Augmentation, ModelInputs, collate
-from evidence_ft.types import Batch, Losses, ScoreFn, VisionTrace
+from evidence_ft.transforms import ModelInputs, collate
+from evidence_ft.types import OBJECT, Batch, Losses, ScoreFn, VisionTrace
 
 Heatmap = Callable[..., Tensor]
 """``heatmap(trace, score, *, create_graph) -> (B, h, w)``, as exported by each file of ``heatmaps``."""
@@ -59,31 +56,102 @@ class EvidenceTerm:
 
 
 class TrainingStep(nn.Module):
-    """A batch to its losses. Holds every parameter of the method."""
+    """A batch to its losses. Holds every parameter of the method.
+
+    In training mode, modules without a trained parameter stay in evaluation mode: a frozen tower does not drop out.
+    """
 
     def __init__(self, tuning: FineTuning, evidence: EvidenceTerm) -> None:
         super().__init__()
         self.encoder = tuning.encoder
+        self.head = tuning.head
         self.objective = tuning.objective
+        self.classifier = tuning.classifier
         self.evidence = evidence
 
-    def forward(self, batch: Batch) -> Losses:
-        trace = self.encoder.image_tower.trace(batch.images, self.evidence.layers)
-        task, score = self.objective(trace.features, batch.labels)
-        evidence = self.evidence_loss(trace, score, batch.masks)
-        total = task + self.evidence.weight * evidence if self.evidence.weight else task
-        return Losses(total, task, evidence)
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            _rest_frozen(self)
+        return self
 
-    def evidence_loss(self, trace: VisionTrace, score: ScoreFn, masks: Tensor) -> Tensor:
-        """The alignment loss over the annotated images of all processes, ``()``."""
+    def forward(
+        self, batch: Batch, *, weight: float | None = None, explain: bool = True, explain_at_most: int | None = None
+    ) -> Losses:
+        """Losses of a batch; every argument but the batch is the same on all processes.
+
+        Args:
+            batch: of this process.
+            weight: of the evidence loss; that of the term by default.
+            explain: False leaves the evidence out, and the tower with its fused attention.
+            explain_at_most: images that are explained, annotated ones first and drawn at random, so that the others
+                keep the fused attention as well; None for all.
+        """
+        weight = self.evidence.weight if weight is None else weight
+        tower = self.encoder.image_tower
+        if not explain:
+            task, _ = self.objective(tower(batch.images), batch.labels)
+            undefined, nothing = task.new_full((), torch.nan), task.new_empty(0)
+            return Losses(task, task, undefined, nothing, nothing.bool())
+        if explain_at_most is None or explain_at_most >= len(batch.images):
+            trace = tower.trace(batch.images, self.evidence.layers)
+            task, score = self.objective(trace.features, batch.labels)
+            masks = batch.masks
+        else:
+            chosen, others = _annotated_first(batch.masks).tensor_split([explain_at_most])
+            trace = tower.trace(batch.images[chosen], self.evidence.layers)
+            parts = torch.cat([trace.features, tower(batch.images[others])])
+            features = parts[torch.cat([chosen, others]).argsort()]
+            task, score_of_all = self.objective(features, batch.labels)
+            score, masks = _restricted(score_of_all, features, chosen), batch.masks[chosen]
+        evidence, rma, empty = self._evidence(trace, score, masks, weight)
+        return Losses(task + weight * evidence if weight else task, task, evidence, rma, empty)
+
+    def _evidence(self, trace: VisionTrace, score: ScoreFn, masks: Tensor, weight: float) -> tuple[Tensor, ...]:
+        """The alignment loss ``()`` over the annotated images of all processes; RMA and emptiness ``(b,)``."""
         # Evidence is computed in float32 whatever the precision of the rest.
         with torch.autocast(masks.device.type, enabled=False):
-            heatmaps = self.evidence.heatmap(trace, score, create_graph=self.evidence.weight > 0)
+            with inner_gradient(self):
+                heatmaps = self.evidence.heatmap(trace, score, create_graph=weight > 0)
             on_grid = mask_to_grid(masks, trace.grid)
             per_image = self.evidence.alignment(heatmaps, on_grid)
             # NaN means "not annotated". On an annotated image it is a fault, which must not pass for that.
             faulty = has_evidence(on_grid) & per_image.isnan()
-            return mean_over_defined(torch.where(faulty, torch.inf, per_image))
+            loss = mean_over_defined(torch.where(faulty, torch.inf, per_image))
+            seen = heatmaps.detach()
+            return loss, relevance_mass_accuracy(seen, on_grid), is_empty(seen)
+
+
+def is_annotated(masks: Tensor) -> Tensor:
+    """Which masks ``(B, Hpx, Wpx)`` show evidence: ``(B,)`` bool."""
+    return (masks == OBJECT).flatten(1).any(dim=1)
+
+
+def _annotated_first(masks: Tensor) -> Tensor:
+    """Rows in random order, those with evidence in view before the others.
+
+    Not those alone: collective operations must meet, so every process explains as many, whatever it has.
+    """
+    order = torch.randperm(len(masks), device=masks.device)
+    return order[is_annotated(masks)[order].to(torch.uint8).argsort(descending=True, stable=True)]
+
+
+def _restricted(score: ScoreFn, features: Tensor, chosen: Tensor) -> ScoreFn:
+    """``score`` of some rows alone. It knows its labels by their position, so the rows go where they came from."""
+
+    def of_chosen(of_rows: Tensor) -> Tensor:
+        return score(features.detach().index_copy(0, chosen, of_rows))[chosen]
+
+    return of_chosen
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _rest_frozen(child)
 
 
 class GradientProbe(NamedTuple):
@@ -103,35 +171,45 @@ class GradientProbe(NamedTuple):
         return self.evidence / self.task if self.task else math.nan
 
 
-def probe_gradients(step: TrainingStep, batch: Batch) -> GradientProbe:
-    """Check on one batch that the evidence loss is alive.
+def probe_gradients(
+    step: TrainingStep,
+    batch: Batch,
+    *,
+    weight: float | None = None,
+    explain_at_most: int | None = None,
+    must_live: bool = True,
+) -> GradientProbe:
+    """Measure on one batch what each loss pulls, and check that the evidence loss is alive.
 
     Args:
-        step: not wrapped; its weights and gradients stay as they are, and so does the random state.
+        step: not wrapped, not in shards; its weights and gradients stay as they are, and so does the random state.
         batch: with at least one annotated image.
+        weight: of the evidence loss, above 0; that of the term by default.
+        explain_at_most: as in `TrainingStep.forward`.
+        must_live: whether an evidence loss above 0 without any gradient is an error.
 
     Raises:
         InertEvidenceError: the weighted evidence loss reaches no trained parameter.
         TrainingError: its gradient is not finite.
     """
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    weight = step.evidence.weight
+    weight = step.evidence.weight if weight is None else weight
     with torch.random.fork_rng(devices=[batch.images.device] if batch.images.is_cuda else []):
-        losses = step(batch)
+        losses = step(batch, weight=weight, explain_at_most=explain_at_most)
+    found = f"the evidence loss ({losses.evidence.item():.3f} at weight {weight:g})"
     if not losses.evidence.requires_grad:
         raise InertEvidenceError(
-            f"the evidence loss ({losses.evidence.item():.3f} at weight {weight}) has no graph: heatmap or alignment "
+            f"{found} has no graph: heatmap or alignment "
             "detaches what it is given. A heatmap must honour create_graph=True, an alignment must not detach"
         )
     evidence = _gradient_norm(weight * losses.evidence, parameters)
     if not math.isfinite(evidence):
         raise TrainingError(
-            f"the gradient of the evidence loss ({losses.evidence.item():.3f} at weight {weight}) is {evidence}: "
-            "heatmap or alignment divides by zero or overflows on this batch"
+            f"the gradient of {found} is {evidence}: heatmap or alignment divides by zero or overflows on this batch"
         )
-    if evidence == 0:
+    if must_live and evidence == 0 and mean_over_processes(losses.evidence.detach()).item() != 0:
         raise InertEvidenceError(
-            f"the evidence loss ({losses.evidence.item():.3f} at weight {weight}) does not reach any of the "
+            f"{found} does not reach any of the "
             f"{len(parameters)} trained parameters: its gradient is {evidence}. Possible reasons: every heatmap is "
             "empty (look at heatmaps of the untrained model, or choose other layers), the parameters it depends on "
             "are frozen, or an attention that is not on the path to the features"
@@ -146,168 +224,25 @@ def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     return torch.stack(squares).sum().sqrt().item()
 
 
-class TrainerConfig(BaseModel):
-    """How the trained parameters are fitted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(1e-5, gt=0, description="of AdamW, at its peak")
-    epochs: int = Field(10, gt=0, description="passes over the training images")
-    batch_size: int = Field(32, gt=1, description="images per process and step")
-    weight_decay: float = Field(0.0, ge=0, description="of matrices; biases, gains and the logit scale have none")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    max_gradient_norm: float | None = Field(None, gt=0, description="gradients are clipped to this norm")
-    probe_every: int = Field(50, gt=0, description="steps between two measurements of the evidence-to-task ratio")
-    num_workers: int = Field(0, ge=0, description="processes that load images, per process that trains")
-    augmentation: Augmentation | None = Field(
-        Augmentation(), description="random crops and flips, drawn once for image and mask"
-    )
-
-    def check_fits(self, images: int, processes: int) -> None:
-        """Refuse a batch that the training images cannot fill.
-
-        Raises:
-            TrainingError: fewer images than a batch of all processes.
-        """
-        if images < self.batch_size * processes:
-            raise TrainingError(
-                f"{images} training images are fewer than one batch: training.batch_size is {self.batch_size} on "
-                f"{processes} process(es); set training.batch_size to at most {images // processes}"
-            )
-
-
-class Fitted(NamedTuple):
-    """What a finished training reports.
-
-    Attributes:
-        steps: optimizer steps.
-        annotated: share of training images in view of whose crop there was evidence, over all steps.
-        first_probe: the liveness check; None at weight 0.
-    """
-
-    steps: int
-    annotated: float
-    first_probe: GradientProbe | None
-
-
-class Trainer:
-    """Fits a `TrainingStep` with Accelerate.
+@torch.no_grad()
+def extract_features(
+    encoder: DualEncoder, inputs: ModelInputs, accelerator: Accelerator, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Features ``(n, F)`` and labels ``(n,)`` of all images in the order of their rows, on every process.
 
     Args:
-        config: how to train.
-        accelerator: precision and processes are its business.
-        metrics_file: one JSON object per step is written there; None for none.
+        encoder: moved to the accelerator's device; its image tower is put into evaluation mode.
+        inputs: images, usually without augmentation.
+        accelerator: spreads the images over processes.
+        batch_size: images per process.
     """
-
-    def __init__(self, config: TrainerConfig, accelerator: Accelerator, metrics_file: Path | None = None) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.metrics_file = metrics_file
-
-    def fit(self, step: TrainingStep, inputs: ModelInputs, *, seed: int, description: str = "training") -> Fitted:
-        """Train in place, with the evidence probe on the first batch that shows evidence.
-
-        Args:
-            step: its parameters with ``requires_grad`` are trained.
-            inputs: training images; the last incomplete batch of an epoch is dropped.
-            seed: of the order of the images.
-            description: of the progress bar.
-
-        Raises:
-            InertEvidenceError: the evidence loss does not reach the trained parameters.
-            TrainingError: fewer images than a batch, or a loss that is not finite.
-        """
-        config, accelerator = self.config, self.accelerator
-        step.to(accelerator.device)
-        loader = DataLoader(
-            inputs,
-            batch_size=config.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=config.num_workers,
-            collate_fn=collate,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        global_batch = config.batch_size * accelerator.num_processes
-        config.check_fits(len(inputs), accelerator.num_processes)
-        optimizer = torch.optim.AdamW(_parameter_groups(step, config.weight_decay), lr=config.learning_rate)
-        total_steps = config.epochs * (len(inputs) // global_batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(total_steps))
-        wrapped, optimizer, loader = accelerator.prepare(step, optimizer, loader)
-        wrapped.train()
-        first_probe: GradientProbe | None = None
-        since_probe, seen, annotated, number = 0, 0, 0, 0
-        with tqdm(total=total_steps, desc=description, disable=not accelerator.is_main_process) as bar:
-            for epoch in range(config.epochs):
-                inputs.set_epoch(epoch)
-                for batch in loader:
-                    in_view = int(gather(batch.masks.flatten(1).any(dim=1)).sum())
-                    seen, annotated = seen + global_batch, annotated + in_view
-                    probe = None
-                    due = first_probe is None or since_probe >= config.probe_every
-                    if step.evidence.weight and in_view and due:
-                        with accelerator.autocast():
-                            probe = probe_gradients(step, batch)
-                        first_probe, since_probe = first_probe or probe, 0
-                    losses = wrapped(batch)
-                    self._check_finite(losses, number)
-                    accelerator.backward(losses.total)
-                    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_gradient_norm or math.inf)
-                    learning_rate = schedule.get_last_lr()[0]
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    schedule.step()
-                    number, since_probe = number + 1, since_probe + 1
-                    record = {"step": number, "epoch": number / total_steps * config.epochs}
-                    record |= {
-                        f"{name}_loss": gather(value.detach()[None]).mean().item()
-                        for name, value in losses._asdict().items()
-                    }
-                    record |= {"learning_rate": learning_rate, "gradient_norm": float(norm)}
-                    if not in_view:
-                        del record["evidence_loss"]  # there was none to measure
-                    if probe is not None:
-                        record["evidence_to_task_gradient_ratio"] = probe.ratio
-                    self._write(record)
-                    evidence = record.get("evidence_loss", math.nan)
-                    bar.set_postfix(task=f"{record['task_loss']:.3f}", evidence=f"{evidence:.3f}")
-                    bar.update()
-        wrapped.eval()
-        accelerator.free_memory()
-        return Fitted(number, annotated / seen, first_probe)
-
-    def _rate(self, total_steps: int) -> Callable[[int], float]:
-        config = self.config
-
-        def rate(step: int) -> float:
-            if step < config.warmup_steps:
-                return (step + 1) / config.warmup_steps
-            if config.schedule == "constant":
-                return 1.0
-            progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-        return rate
-
-    def _check_finite(self, losses: Losses, number: int) -> None:
-        for name, value in losses._asdict().items():
-            if not math.isfinite(value.item()):
-                raise TrainingError(
-                    f"step {number + 1}: {name} loss is {value.item()}; lower training.learning_rate (now "
-                    f"{self.config.learning_rate}), or set training.max_gradient_norm"
-                )
-
-    def _write(self, record: dict[str, float]) -> None:
-        # Step by step: what led to a failure is what one wants to read.
-        if self.metrics_file is not None and self.accelerator.is_main_process:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def _parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    tower = encoder.to(accelerator.device).image_tower.eval()
+    # A generator of its own: an iterator draws a seed from one, and the global one belongs to training.
+    loader = DataLoader(inputs, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())
+    parts = [
+        accelerator.gather_for_metrics((batch.rows, tower(batch.images), batch.labels))
+        for batch in accelerator.prepare_data_loader(loader)
     ]
+    rows, features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = rows.argsort()
+    return features[order], labels[order]

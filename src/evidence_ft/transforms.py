@@ -3,8 +3,8 @@
 This module knows nothing of models, file formats or training.
 """
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from torchvision.transforms import v2
 
 from evidence_ft.samples import EvidenceDataset, Sample
 from evidence_ft.types import BACKGROUND, Batch, Preprocessing
+
+Swap: TypeAlias = Callable[[int, Sample, np.random.Generator], Sample]
+"""What becomes of a row's sample before it is transformed, such as `evidence_ft.backgrounds.BackgroundSwap`."""
 
 
 class Augmentation(BaseModel):
@@ -42,6 +45,9 @@ class Augmentation(BaseModel):
                 f"crop_scale is {self.crop_scale}; expected two shares of the area with 0 < smallest <= largest <= 1"
             )
         return self
+
+
+_SWAPPING = 1  # keeps the draws of background swaps apart from those of crops and flips
 
 
 class SampleTransform:
@@ -132,20 +138,25 @@ class ModelInputs(Dataset[Batch]):
     """A data set as a model reads it, for a `torch.utils.data.DataLoader` with `collate`.
 
     What augmentation does to a row depends on the seed, the epoch and the row alone: not on the number of
-    workers, the order of the rows or whatever else draws random numbers; and it takes none from them.
+    workers, the order of the rows or whatever else draws random numbers; and it takes none from them. Crops and
+    flips are the same whether or not backgrounds are swapped.
 
     Args:
         dataset: to read.
         transform: what happens to each sample.
         seed: of the augmentation, at least 0.
+        swap: puts objects on other backgrounds; None to leave all images as they are.
     """
 
-    def __init__(self, dataset: EvidenceDataset, transform: SampleTransform, seed: int) -> None:
+    def __init__(
+        self, dataset: EvidenceDataset, transform: SampleTransform, seed: int, swap: Swap | None = None
+    ) -> None:
         if seed < 0:
             raise ValueError(f"seed is {seed}; choose one of at least 0")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.swap = swap
         # In shared memory, so that workers which outlive an epoch hear of the next one.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -160,6 +171,8 @@ class ModelInputs(Dataset[Batch]):
     def __getitem__(self, row: int) -> Batch:
         """One row, without the batch axis; `collate` adds it."""
         sample = self.dataset[row]
+        if self.swap is not None:
+            sample = self.swap(row, sample, np.random.default_rng([*self._entropy(row), _SWAPPING]))
         if self.transform.augmentation is None:
             image, mask = self.transform(sample)
         else:
@@ -171,8 +184,10 @@ class ModelInputs(Dataset[Batch]):
         return Batch(image, torch.tensor(sample.label), mask, torch.tensor(row))
 
     def _seed_of(self, row: int) -> int:
-        entropy = [self.seed, int(self._epoch), row]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        return int(np.random.SeedSequence(self._entropy(row)).generate_state(1, np.uint64)[0])
+
+    def _entropy(self, row: int) -> list[int]:
+        return [self.seed, int(self._epoch), row]
 
 
 def collate(items: Sequence[Batch]) -> Batch:

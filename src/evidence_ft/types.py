@@ -91,14 +91,19 @@ class VisionTrace(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What one step leaves behind, each ``()``.
+    """What one step leaves behind.
 
     Attributes:
-        total: what is minimised.
-        task: the method's own loss.
-        evidence: the alignment loss before its weight, averaged over annotated images.
+        total: ``()``, what is minimised.
+        task: ``()``, the method's own loss.
+        evidence: ``()``, the alignment loss before its weight, averaged over annotated images; NaN where it was not
+            computed.
+        rma: ``(b,)``, without gradient: RMA of the images that were explained, NaN where not annotated.
+        empty: ``(b,)`` bool, which of their heatmaps have no mass.
     """
 
     total: Tensor
     task: Tensor
     evidence: Tensor
+    rma: Tensor
+    empty: Tensor

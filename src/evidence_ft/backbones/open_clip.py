@@ -3,12 +3,16 @@
 Models go in and come out unchanged: attention is made explicit for the length of one trace, on the blocks that are
 traced, by standing in for one method (native) or by timm's own switch. The weights that ``nn.MultiheadAttention``
 returns are no substitute: they are not on the path to its output, and have no gradient.
+
+Low-rank adapters need linear layers to adapt, where ``nn.MultiheadAttention`` has one fused matrix. PEFT's own wrapper
+for it merges and unmerges the adapter at each forward pass, and rounding moves the frozen weights a little every time;
+`OpenClipEncoder.split_attention` splits the matrix instead, which is exact, and fuses it again in what is saved.
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import resources
@@ -16,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 import torch.nn.functional as F
 from einops import rearrange
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evidence_ft.encoder import CheckpointError, DualEncoder
+from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName
 from evidence_ft.tower import ImageTower, UnsupportedTowerError, check_tower
 from evidence_ft.types import Preprocessing
 
@@ -32,6 +39,21 @@ EMBEDDED = ("toy_clip",)
 """Checkpoints that come with the package."""
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+_PLACEHOLDER = "a"
+"""A word of one token in every vocabulary, where the embeddings of a context will stand."""
+
+_NAMES: Mapping[Role, str] = {
+    "q": r".*(attn\.(q_proj|qkv)|attention\.self\.query|SelfAttention\.q)",
+    "k": r".*(attn\.(k_proj|qkv)|attention\.self\.key|SelfAttention\.k)",
+    "v": r".*(attn\.(v_proj|qkv)|attention\.self\.value|SelfAttention\.v)",
+    "out": r".*(attn\.(out_proj|proj)|attention\.output\.dense|SelfAttention\.o)",
+    "mlp": (
+        r".*(mlp\.(c_fc|c_proj)|(mlp|layers\.\d+)\.fc[12]|DenseReluDense\.w[io](_\d)?"
+        r"|(intermediate|(?<!attention\.)output)\.dense)"
+    ),
+}
+"""What linear layers are called in open_clip and timm, and in text towers like BERT, M2M-100 and T5."""
 
 
 def load(checkpoint: str) -> DualEncoder:
@@ -138,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 
 class OpenClipEncoder(DualEncoder):
-    """A CLIP of open_clip behind our protocol.
+    """A CLIP of open_clip behind our protocol, its text tower open_clip's own or one of transformers.
 
     Args:
         model: ``open_clip.CLIP`` or ``CustomTextCLIP``; kept as it is.
@@ -146,6 +168,9 @@ class OpenClipEncoder(DualEncoder):
         config: open_clip's configuration of the model (``model_cfg``), written beside saved weights.
         checkpoint: the name it was loaded by.
     """
+
+    backbone = "open_clip"
+    model: Any
 
     def __init__(self, model: Any, tokenizer: Any, config: dict[str, Any], checkpoint: str) -> None:
         super().__init__()
@@ -162,21 +187,99 @@ class OpenClipEncoder(DualEncoder):
         parameter: nn.Parameter = self.model.logit_scale
         return parameter
 
+    @property
+    def text_width(self) -> int:
+        return int(self._token_embedding().embedding_dim)
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(list(texts)).to(self.logit_scale.device)
         features: Tensor = self.model.encode_text(tokens)
         return features
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def encode_with_context(self, names: Sequence[str], context: Tensor) -> Tensor:
+        length = context.shape[-2] if context.ndim > 1 else 0
+        if context.shape not in ((length, self.text_width), (len(names), length, self.text_width)):
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, expected (L, {self.text_width}) or "
+                f"({len(names)}, L, {self.text_width}) for {len(names)} names"
+            )
+        tokens, start, _ = self._tokenize([_PLACEHOLDER + " "] * length, names)
+
+        def put_context(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
+            words = context.to(embedded).expand(len(names), -1, -1)
+            return torch.cat((embedded[:, :start], words, embedded[:, start + length :]), dim=1)
+
+        hook = self._token_embedding().register_forward_hook(put_context)
+        try:
+            features: Tensor = self.model.encode_text(tokens)
+        finally:
+            hook.remove()
+        return features
+
+    def embed_words(self, text: str) -> Tensor:
+        tokens, start, (length,) = self._tokenize([], [text])
+        with torch.no_grad():  # called, not indexed: some scale what they look up
+            words: Tensor = self._token_embedding()(tokens[0, start : start + length])
+        return words
+
+    def _tokenize(self, before: Sequence[str], texts: Sequence[str]) -> tuple[Tensor, int, list[int]]:
+        """Token ids ``(T, C)`` of texts, how many come before the first word, and how many each text's words take."""
+        blank, word = self.tokenizer(["", _PLACEHOLDER])
+        padding = blank[-2]  # the last one may be an end token that stands behind the padding
+        prompts = ["".join((*before, text)) for text in texts]
+        tokens = self.tokenizer(prompts)
+        with_room = self.tokenizer(prompts, context_length=tokens.shape[1] + 1)
+        unused = (tokens == padding).sum(dim=1)
+        for text, cut in zip(texts, (with_room == padding).sum(dim=1) == unused, strict=True):
+            if cut:
+                behind = f" behind a context of {len(before)} tokens" if before else ""
+                raise ValueError(
+                    f"{text!r}{behind} is longer than the {tokens.shape[1]} tokens the text tower takes; shorten it"
+                )
+        words = (blank == padding).sum() - unused
+        return tokens.to(self.logit_scale.device), int(blank[0] == word[0]), words.tolist()
+
+    def _token_embedding(self) -> nn.Embedding:
+        text = self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
+        embedding: nn.Embedding = (
+            text.transformer.get_input_embeddings() if isinstance(text, HFTextEncoder) else text.token_embedding
+        )
+        return embedding
+
+    def split_attention(self) -> None:
+        for name, block in list(self.model.named_modules()):
+            if isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, nn.MultiheadAttention):
+                if not _is_plain(block.attn):
+                    raise ValueError(f"attention of {name} cannot be split: expected a plain one, found {block.attn}")
+                block.attn = SplitAttention(block.attn)
+
+    def projections(self, tower: TowerName) -> Mapping[Role, Sequence[str]]:
+        found: dict[Role, list[str]] = {role: [] for role in _NAMES}
+        for full_name, module in self.model.named_modules():
+            name = full_name.removesuffix(".base_layer")  # where an adapter is in place already
+            if not isinstance(module, nn.Linear) or name.startswith("visual.") != (tower == "vision"):
+                continue
+            parent, _, own_name = name.rpartition(".")
+            if own_name == "qkv" and "q_bias" in self.model.get_submodule(parent)._parameters:
+                continue  # timm's BEiT and EVA read this layer's weights and never call it: an adapter would be inert
+            for role, pattern in _NAMES.items():
+                if re.fullmatch(pattern, name):
+                    found[role].append(name)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        state = dict(self.model.state_dict()) if self.adapter is None else self.adapter.merged()
+        for name, module in self.model.named_modules():
+            if isinstance(module, SplitAttention):
+                for kind in ("weight", "bias"):
+                    parts = [f"{name}.{part}_proj.{kind}" for part in "qkv"]
+                    if parts[0] in state:
+                        state[f"{name}.in_proj_{kind}"] = torch.cat([state.pop(part) for part in parts])
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.tokenizer, "save_pretrained"):
+        if isinstance(self.tokenizer, HFTokenizer | SigLipTokenizer):
             self.tokenizer.save_pretrained(directory)
         preprocessing = self.preprocessing
         config = {
@@ -189,9 +292,8 @@ class OpenClipEncoder(DualEncoder):
             },
         }
         (directory / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         temporary = directory / f"{_WEIGHTS}.tmp"
-        save_file(weights, temporary)
+        save_file(self.weights(), temporary)
         temporary.replace(directory / _WEIGHTS)
 
 
@@ -217,6 +319,70 @@ def _image_tower(visual: Any) -> ImageTower:
     )
 
 
+def _is_plain(attention: object) -> bool:
+    """Whether attention is open_clip's usual one: one fused matrix for q, k and v, and nothing besides."""
+    return (
+        isinstance(attention, nn.MultiheadAttention)
+        and attention.in_proj_weight is not None
+        and attention.batch_first
+        and not attention.dropout
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+class SplitAttention(nn.Module):
+    """``nn.MultiheadAttention`` with a linear layer each for queries, keys and values, which PEFT can adapt.
+
+    Computes the same, and is called the same, but returns no attention weights.
+
+    Args:
+        fused: what it takes the place of; its weights are copied.
+    """
+
+    def __init__(self, fused: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads = fused.num_heads
+        self.head_dim = fused.head_dim
+        weights = fused.in_proj_weight.chunk(3)
+        biases = (None, None, None) if fused.in_proj_bias is None else fused.in_proj_bias.chunk(3)
+        trained = fused.in_proj_weight.requires_grad
+        self.q_proj, self.k_proj, self.v_proj = (
+            _linear(weight, bias, trained=trained) for weight, bias in zip(weights, biases, strict=True)
+        )
+        # PEFT adapts plain linear layers; torch's own class here is a subclass that says it is not to be quantized.
+        self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias, trained=fused.out_proj.weight.requires_grad)
+        self.train(fused.training)
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head: ``(B, N, W)`` each to ``(B, H, N, W / H)``."""
+        q, k, v = (
+            rearrange(project(tokens), "b n (h d) -> b h n d", h=self.num_heads)
+            for project, tokens in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        return q, k, v
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        q, k, v = self.project(query, key, value)
+        if attn_mask is not None:
+            if attn_mask.ndim == 3:
+                attn_mask = rearrange(attn_mask, "(b h) n m -> b h n m", h=self.num_heads)
+            if attn_mask.dtype == torch.bool:
+                attn_mask = ~attn_mask  # true means hidden to nn.MultiheadAttention, and seen to this function
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.out_proj(rearrange(mixed, "b h n d -> b n (h d)")), None
+
+
+def _linear(weight: Tensor, bias: Tensor | None, *, trained: bool) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # draws no numbers
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=trained)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
+    return linear
+
+
 class NativeImageTower(ImageTower):
     """``open_clip.transformer.VisionTransformer``; reads the CLS token."""
 
@@ -231,15 +397,9 @@ class NativeImageTower(ImageTower):
         self.visual = visual
         self.grid = tuple(visual.grid_size)
         for block in self.blocks():
-            attention = block.attn
-            if (
-                not isinstance(attention, nn.MultiheadAttention)
-                or attention.in_proj_weight is None
-                or not attention.batch_first
-                or attention.dropout
-            ):
+            if not isinstance(block.attn, SplitAttention) and not _is_plain(block.attn):
                 raise UnsupportedTowerError(
-                    f"attention {attention} is not supported; expected open_clip's plain nn.MultiheadAttention"
+                    f"attention {block.attn} is not supported; expected open_clip's plain nn.MultiheadAttention"
                 )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -256,9 +416,12 @@ class NativeImageTower(ImageTower):
     def explicit_attention(self, block: Any, keep: Callable[[Tensor], None]) -> Iterator[None]:
         attention = block.attn
 
-        def forward(query: Tensor, _key: Tensor, _value: Tensor, **_options: Any) -> tuple[Tensor, None]:
-            projected = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
-            q, k, v = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=attention.num_heads)
+        def forward(query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> tuple[Tensor, None]:
+            if isinstance(attention, SplitAttention):
+                q, k, v = attention.project(query, key, value)
+            else:
+                projected = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
+                q, k, v = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=attention.num_heads)
             weights = (q * attention.head_dim**-0.5 @ k.mT).softmax(dim=-1)
             keep(weights)
             return attention.out_proj(rearrange(weights.to(v) @ v, "b h n d -> b n (h d)")), None

@@ -13,12 +13,12 @@ is downloaded or stored. Free of any licence.
 """
 
 import colorsys
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evidence_ft.images import DataError
 from evidence_ft.samples import Sample
@@ -45,6 +45,17 @@ class Config(BaseModel):
     test_images: int = Field(500, gt=0, description="images of each other split")
     seed: int = Field(0, ge=0, description="seed of the images, apart from the run's own")
     on_bad_sample: Literal["error", "skip"] = Field("error", description="generated images are never bad")
+
+    @model_validator(mode="after")
+    def _splits_are_there_and_apart(self) -> Self:
+        for split in (self.train_split, *self.test_splits):
+            if split not in SPLITS:
+                raise ValueError(f"shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
+        if len(set(self.test_splits)) < len(self.test_splits):
+            raise ValueError(f"test_splits lists a split more than once: {', '.join(self.test_splits)}")
+        if self.train_split in self.test_splits:
+            raise ValueError(f"split {self.train_split!r} is both train_split and one of test_splits")
+        return self
 
 
 def load(config: Config, split: str) -> "Shapes":

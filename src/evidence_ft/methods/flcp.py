@@ -1,70 +1,49 @@
 """FLCP: fine-tune like CLIP pre-training, images against the captions of their classes.
 
-Goyal et al. 2023 (FLYP, arXiv 2212.00638), as compared by Wang et al. (AAAI 2025, arXiv 2412.13333). Both towers
-and the logit scale are trained; the paper's code keeps the temperature fixed for CLIP. Features are gathered over
-processes, so the contrastive batch is the global one.
+Goyal et al. 2023 (FLYP, arXiv 2212.00638), as compared by Wang et al. (AAAI 2025, arXiv 2412.13333). Both towers and
+the logit scale are trained; the paper's code keeps the temperature fixed for CLIP. Features are gathered over
+processes, so the contrastive batch is the global one. With several templates each image draws one of them at each
+step.
 
 Same-class images of a batch share their caption. With one caption per class the published pair targets (each caption
-belongs to one image) and class targets (to all images of its class) are the same loss: images with equal captions have
-equal logits, so a uniform target over them and the sum of one-hot targets agree. They differ once captions differ
-within a class.
+belongs to one image) and class targets (to all images of its class) are the same loss; with several they differ.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from evidence_ft.classifier import FineTuning, Template, fill, prompt_classifier
-from evidence_ft.contrastive import contrastive_loss
-from evidence_ft.distributed import gather, gather_with_grad
+from evidence_ft.adaptation import LoraConfig, Mode, Towers, adapt
+from evidence_ft.classifier import FineTuning, prompt_classifier
 from evidence_ft.encoder import DualEncoder
-from evidence_ft.types import ScoreFn, at_least_float32
-
-MAX_LOGIT_SCALE = math.log(100)
-"""As in CLIP's pre-training (Radford et al. 2021, section 2.5)."""
+from evidence_ft.objectives import contrastive
+from evidence_ft.prompts import Templates
 
 
 class Config(BaseModel):
-    """What captions say, and what counts as a match."""
+    """What captions say, what counts as a match, and what is trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["flcp"] = Field("flcp", description="fine-tune like CLIP pre-training")
-    template: Template = Field("a photo of a {}", description="caption of a class; {} is its name")
+    templates: Templates = Field(
+        ("a photo of a {}",), description="captions of a class: drawn in training, averaged in use; or clip_7, clip_80"
+    )
     targets: Literal["pair", "class"] = Field(
         "class", description="a caption fits its own image alone (published), or all images of its class"
     )
+    vision: Mode = Field("full", description="what is trained of the image tower")
+    text: Mode = Field("full", description="what is trained of the text tower")
     train_logit_scale: bool = Field(True, description="learn the temperature, as FLYP does")
+    lora: LoraConfig = Field(LoraConfig(), description="of towers in mode lora")
 
 
 def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
-    """Train both towers on image-caption pairs; the classifier re-reads the prompts at each evaluation."""
-    encoder.requires_grad_(True)
-    encoder.logit_scale.requires_grad_(config.train_logit_scale)
-    captions = fill(config.template, class_names)
-
-    def objective(features: Tensor, labels: Tensor) -> tuple[Tensor, ScoreFn]:
-        # Each caption of the batch is encoded once, however many of its images there are.
-        present, caption_of = torch.unique(labels, return_inverse=True)
-        text_features = encoder.encode_text([captions[label] for label in present.tolist()])[caption_of]
-        with torch.no_grad():
-            encoder.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        scale = encoder.logit_scale.exp()
-        positives = None
-        if config.targets == "class":
-            everyone = gather(labels)
-            positives = everyone[:, None] == everyone[None, :]
-        loss = contrastive_loss(gather_with_grad(features), gather_with_grad(text_features), scale, positives)
-        own_caption = F.normalize(at_least_float32(text_features), dim=-1)
-
-        def score(features: Tensor) -> Tensor:
-            return scale * (F.normalize(at_least_float32(features), dim=-1) * own_caption).sum(dim=-1)
-
-        return loss, score
-
-    return FineTuning(encoder, objective, lambda: prompt_classifier(encoder, class_names, config.template))
+    """Train on image-caption pairs; the classifier re-reads the prompts at each evaluation."""
+    adapt(encoder, Towers(config.vision, config.text, config.train_logit_scale, config.lora))
+    return FineTuning(
+        encoder,
+        contrastive(encoder, class_names, config.templates, config.targets),
+        lambda: prompt_classifier(encoder, class_names, config.templates),
+    )

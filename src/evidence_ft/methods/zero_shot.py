@@ -1,4 +1,4 @@
-"""No fine-tuning: the pre-trained model with one prompt per class."""
+"""No fine-tuning: the pre-trained model with its prompts (Radford et al. 2021, section 3.1.4)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,8 +6,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from evidence_ft.classifier import FineTuning, Template, prompt_classifier
+from evidence_ft.adaptation import Towers, adapt
+from evidence_ft.classifier import FineTuning, prompt_classifier
 from evidence_ft.encoder import DualEncoder
+from evidence_ft.prompts import Templates
 from evidence_ft.types import ScoreFn
 
 
@@ -17,14 +19,14 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["zero_shot"] = Field("zero_shot", description="the pre-trained model as it is")
-    template: Template = Field("a photo of a {}", description="caption of a class; {} is its name")
+    templates: Templates = Field(("a photo of a {}",), description="captions of a class, averaged; or clip_7, clip_80")
 
 
 def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Freeze everything; the classifier is the prompts' alone."""
-    encoder.requires_grad_(False)
+    adapt(encoder, Towers(vision="frozen", text="frozen", train_logit_scale=False))
 
     def objective(features: Tensor, labels: Tensor) -> tuple[Tensor, ScoreFn]:
         raise RuntimeError("zero-shot has nothing to train; choose a method such as flcp")
 
-    return FineTuning(encoder, objective, lambda: prompt_classifier(encoder, class_names, config.template))
+    return FineTuning(encoder, objective, lambda: prompt_classifier(encoder, class_names, config.templates))
