@@ -5,7 +5,7 @@
 A ViT of 4 blocks on 8 x 8 patches and a text transformer of 2 blocks, contrastively trained on generated images and
 captions such as "a red star at the top left". It never sees a tag. The result is in open_clip's own layout and loads
 as `local-dir:<output>`. One thread, so that the same seed gives the same weights on the same machine whatever else runs
-there; about ten minutes.
+there; about a quarter of an hour.
 """
 
 import json
@@ -44,7 +44,7 @@ class Config:
 
     output: Path
     """folder for the model, in open_clip's layout"""
-    images: int = 20_000
+    images: int = 30_000
     """images drawn once, before training"""
     epochs: int = 8
     """passes over the images; captions are drawn anew in each"""

@@ -1,5 +1,6 @@
 """Tiny random models and generated images; nothing is downloaded."""
 
+from functools import cache
 from pathlib import Path
 
 import open_clip
@@ -25,6 +26,12 @@ MODELS = {
 }
 
 
+@cache
+def tokenizer() -> SimpleTokenizer:
+    """Reading its vocabulary takes longer than building the rest."""
+    return SimpleTokenizer(context_length=12)
+
+
 def build_encoder(kind: str = "native", seed: int = 0) -> OpenClipEncoder:
     """A random open_clip model behind our protocol, in evaluation mode."""
     with torch.random.fork_rng():
@@ -33,7 +40,7 @@ def build_encoder(kind: str = "native", seed: int = 0) -> OpenClipEncoder:
     size = MODELS[kind]["vision_cfg"]["image_size"]
     size = tuple(size) if isinstance(size, list) else (size, size)
     open_clip.factory.set_model_preprocess_cfg(model, {"size": size, "mean": (0.5,) * 3, "std": (0.5,) * 3})
-    encoder = OpenClipEncoder(model, SimpleTokenizer(context_length=12), {"model_cfg": MODELS[kind]}, f"tiny-{kind}")
+    encoder = OpenClipEncoder(model, tokenizer(), {"model_cfg": MODELS[kind]}, f"tiny-{kind}")
     return encoder.eval()
 
 

@@ -13,7 +13,7 @@ from evidence_ft.transforms import ModelInputs, SampleTransform
 from evidence_ft.types import Preprocessing
 from tests import by_definition
 from tests.conftest import build_encoder
-from tests.test_training import NAMES, Noise
+from tests.noise import NAMES, Noise
 
 PREPROCESSING = Preprocessing((32, 48), (0.5,) * 3, (0.5,) * 3)
 

@@ -7,7 +7,7 @@ inside the forward pass looks to FSDP2 like the end of the training step.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,8 @@ def shard(module: nn.Module) -> None:
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
+    # Otherwise a part of it, such as the image tower for a watched panel, could not run before all of it has run once.
+    cast(Any, module)._get_fsdp_state()._lazy_init()
 
 
 def _repeated_blocks(module: nn.Module) -> list[nn.Module]:

@@ -136,6 +136,8 @@ def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     directory = config.run.directory / config.run.name
     arms = _arms_to_run(config, directory, accelerator)
     splits = _load_splits(config, accelerator)
+    if set(arms) - {"zero_shot", "baseline"}:  # those two there are also of methods that train nothing
+        config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     _check_others(config, arms, splits, directory)
     try:
         for arm, resume in arms.items():

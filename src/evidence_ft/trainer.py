@@ -382,6 +382,9 @@ class _Run:
 
     def begin(self, resume: bool | Path, settings: Mapping[str, Any]) -> None:
         """Start afresh or from a checkpoint; nothing of another training is overwritten."""
+        if rank := self.accelerator.process_index:
+            # All processes were seeded alike, to build the same model; from here on each draws its own.
+            set_seed(int(np.random.SeedSequence([self.seed, rank]).generate_state(1)[0]))
         if self.directory is None:
             if resume:
                 raise TrainingError("there is nothing to resume from: the trainer has no directory")
@@ -403,9 +406,6 @@ class _Run:
         if checkpoint is not None:
             checkpoints.check_settings(checkpoint.path, checkpoint.state["settings"], self.settings)
             self._restore(checkpoint)
-        elif rank := self.accelerator.process_index:
-            # All processes were seeded alike, to build the same model; from here on each draws its own.
-            set_seed(int(np.random.SeedSequence([self.seed, rank]).generate_state(1)[0]))
         self.accelerator.wait_for_everyone()  # all have read before the first one writes
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
