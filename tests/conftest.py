@@ -44,6 +44,12 @@ def build_encoder(kind: str = "native", seed: int = 0) -> OpenClipEncoder:
     return encoder.eval()
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers_whatever_ran_before():
+    """Some parts draw from PyTorch's global generator, as `nn.Linear` does: no test may depend on its neighbours."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=sorted(MODELS))
 def encoder(request: pytest.FixtureRequest) -> OpenClipEncoder:
     return build_encoder(request.param)

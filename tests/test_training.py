@@ -217,3 +217,9 @@ def test_features_of_a_training_set_come_in_the_order_of_its_rows():
     assert not features.requires_grad
     for row in range(7):
         torch.testing.assert_close(features[row], encoder.image_tower(inputs[row].images[None])[0].detach())
+
+
+def test_an_alignment_that_gives_one_loss_for_all_images_is_refused():
+    step = make_step(alignment=lambda heatmaps, masks: heatmaps.mean())
+    with pytest.raises(TrainingError, match=r"returned a loss of shape \(\) for \d+ images"):
+        step(make_batch(step))

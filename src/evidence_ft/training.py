@@ -115,6 +115,11 @@ class TrainingStep(nn.Module):
                 heatmaps = self.evidence.heatmap(trace, score, create_graph=weight > 0)
             on_grid = mask_to_grid(masks, trace.grid)
             per_image = self.evidence.alignment(heatmaps, on_grid)
+            if per_image.shape != (len(masks),):
+                raise TrainingError(
+                    f"the alignment returned a loss of shape {tuple(per_image.shape)} for {len(masks)} images, not "
+                    f"({len(masks)},): one loss an image, NaN where its mask is empty"
+                )
             # NaN means "not annotated". On an annotated image it is a fault, which must not pass for that.
             faulty = has_evidence(on_grid) & per_image.isnan()
             loss = mean_over_defined(torch.where(faulty, torch.inf, per_image))

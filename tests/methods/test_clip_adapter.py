@@ -59,6 +59,7 @@ def test_an_adapter_that_says_nothing_leaves_the_zero_shot_classifier(native_enc
 def test_an_adapter_learns_classes_that_a_plane_can_part(native_encoder):
     tuning = clip_adapter.prepare(native_encoder, NAMES, clip_adapter.Config(ratio=0.8, reduction=1))
     features, labels = clusters()
-    assert accuracy(tuning, features, labels) < 0.9
+    labels = min(((labels + shift) % 3 for shift in range(3)), key=lambda shifted: accuracy(tuning, features, shifted))
+    assert accuracy(tuning, features, labels) < 0.5  # the naming that the untrained adapter gets wrong
     fit_features(tuning, features, labels, steps=100, learning_rate=0.05)
     assert accuracy(tuning, features, labels) == 1

@@ -47,3 +47,8 @@ def test_the_classifier_reads_the_adapted_text_tower(native_encoder, generator):
     before = tuning.classifier().head(features)
     fit(tuning, random_batch(native_encoder), steps=3, learning_rate=1e-2)
     assert not torch.allclose(tuning.classifier().head(features), before)
+
+
+def test_adapters_in_no_tower_are_refused():
+    with pytest.raises(ValueError, match="no tower has an adapter"):
+        lora.Config(vision="frozen", text="frozen")

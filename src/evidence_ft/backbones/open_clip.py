@@ -294,6 +294,7 @@ class OpenClipEncoder(DualEncoder):
         (directory / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         temporary = directory / f"{_WEIGHTS}.tmp"
         save_file(self.weights(), temporary)
+        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
         temporary.replace(directory / _WEIGHTS)
 
 

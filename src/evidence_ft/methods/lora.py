@@ -50,6 +50,16 @@ class Config(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_adapted(self) -> "Config":
+        text = self.text or ("frozen" if self.objective == "ft" else "lora")
+        if "lora" not in (self.vision, text):
+            raise ValueError(
+                f"no tower has an adapter: vision is {self.vision!r} and text is {text!r}; set one of them to 'lora' "
+                "or choose method flcp, ft or lp"
+            )
+        return self
+
 
 def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Put adapters into the towers and train them on the chosen objective."""
