@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from evidence_ft.types import VisionTrace
+from evidence_ft.types import Readout, VisionTrace
 
 Layers: TypeAlias = Sequence[int] | Literal["all"]
 """Which blocks of a tower: indices (negative ones count from the end), or all of them."""
@@ -35,7 +35,7 @@ class ImageTower(nn.Module, ABC):
 
     Attributes:
         grid: token grid ``(h, w)``.
-        num_prefix_tokens: tokens before the patches; the first one is what the features are read from.
+        num_prefix_tokens: tokens before the patches: a CLS token, registers, or none at all.
     """
 
     grid: tuple[int, int]
@@ -48,6 +48,14 @@ class ImageTower(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, first to last; tokens are their first positional argument."""
+
+    @abstractmethod
+    def read(self, tokens: Tensor) -> Readout:
+        """Features from a block's tokens ``(B, N, D)`` as if it were the last; of the last block's, those of `forward`.
+
+        Where a probe pools the tokens, its attention is computed explicitly, and differentiable twice; see
+        `read_cls` and `read_mean` for the others.
+        """
 
     @abstractmethod
     def explicit_attention(self, block: nn.Module, keep: Callable[[Tensor], None]) -> AbstractContextManager[None]:
@@ -102,8 +110,26 @@ class ImageTower(nn.Module, ABC):
                 keep = partial(kept.__setitem__, layer) if layer in chosen else _forget
                 stack.enter_context(_remembered(blocks[layer]))
                 stack.enter_context(self.explicit_attention(blocks[layer], keep))
-            features: Tensor = self(images)
-        return VisionTrace(features, tuple(kept[layer] for layer in chosen), self.grid, self.num_prefix_tokens)
+            last: list[Tensor] = []
+            stack.callback(blocks[-1].register_forward_hook(partial(_keep_tokens, last)).remove)
+            self(images)  # its own read-out is not looked at: a pooling probe may have used fused attention
+            features, pooling = self.read(last[0])
+        attention = tuple(kept[layer] for layer in chosen)
+        return VisionTrace(features, pooling, attention, self.grid, self.num_prefix_tokens)
+
+
+def read_cls(tokens: Tensor) -> Tensor:
+    """The share of each of the tokens ``(B, N, D)`` where the first one is read: ``(B, 1, 1, N)``."""
+    share = tokens.new_zeros(len(tokens), 1, 1, tokens.shape[1])
+    share[..., 0] = 1
+    return share
+
+
+def read_mean(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The share of each of the tokens ``(B, N, D)`` where the mean over the patches is read: ``(B, 1, 1, N)``."""
+    share = tokens.new_zeros(len(tokens), 1, 1, tokens.shape[1])
+    share[..., num_prefix_tokens:] = 1 / (tokens.shape[1] - num_prefix_tokens)
+    return share
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
@@ -133,6 +159,10 @@ def _open_graph(_block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _forget(_attention: Tensor) -> None:
     pass
+
+
+def _keep_tokens(kept: list[Tensor], _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    kept.append(output[0] if isinstance(output, tuple) else output)
 
 
 @dataclass(frozen=True)
@@ -228,7 +258,8 @@ def check_tower(tower: ImageTower, image_size: tuple[int, int]) -> None:
     """Try the tower on one random image and say what about it cannot be explained.
 
     Checks that tracing does not change the features (to 1e-5 of their largest entry), that attention rows are
-    distributions over the tokens, and that every traced attention receives a gradient from the features.
+    distributions over the tokens, that every traced attention receives a gradient from the features, and the same of a
+    read-out that pools by attention.
 
     Args:
         tower: any image tower; comes out as it went in.
@@ -257,17 +288,25 @@ def check_tower(tower: ImageTower, image_size: tuple[int, int]) -> None:
     tokens = tower.num_prefix_tokens + tower.grid[0] * tower.grid[1]
     with torch.enable_grad():
         score = trace.features.square().sum()
-    gradients = torch.autograd.grad(score, trace.attention, allow_unused=True)
-    for layer, (attention, gradient) in enumerate(zip(trace.attention, gradients, strict=True)):
-        if attention.shape[-2:] != (tokens, tokens):
-            raise UnsupportedTowerError(
-                f"{name}: attention of block {layer} is {tuple(attention.shape)}, expected (B, H, {tokens}, {tokens}) "
-                f"for a {tower.grid[0]}x{tower.grid[1]} grid and {tower.num_prefix_tokens} prefix token(s)"
-            )
-        if not torch.allclose(attention.sum(-1), torch.ones(()).to(attention), atol=1e-4):
-            raise UnsupportedTowerError(f"{name}: attention rows of block {layer} do not sum to 1")
-        if gradient is None or not gradient.any():
-            raise UnsupportedTowerError(
-                f"{name}: the attention of block {layer} receives no gradient from the features; "
-                "it is not on the path to the output, and a loss on its heatmap would be inert"
-            )
+    maps = (*trace.attention, trace.pooling) if trace.pooling.requires_grad else trace.attention
+    gradients = torch.autograd.grad(score, maps, allow_unused=True)
+    for layer, (attention, gradient) in enumerate(zip(trace.attention, gradients, strict=False)):
+        _check_attention(attention, gradient, tokens, f"{name}: the attention of block {layer}", tower)
+    pooling_gradient = gradients[-1] if trace.pooling.requires_grad else torch.ones(())
+    _check_attention(trace.pooling, pooling_gradient, tokens, f"{name}: the pooling of the read-out", tower)
+
+
+def _check_attention(attention: Tensor, gradient: Tensor | None, tokens: int, name: str, tower: ImageTower) -> None:
+    queries = 1 if attention.shape[-2] == 1 else tokens
+    if attention.shape[-2:] != (queries, tokens):
+        raise UnsupportedTowerError(
+            f"{name} is {tuple(attention.shape)}, expected (B, H, {queries}, {tokens}) for a "
+            f"{tower.grid[0]}x{tower.grid[1]} grid and {tower.num_prefix_tokens} prefix token(s)"
+        )
+    if not torch.allclose(attention.sum(-1), torch.ones(()).to(attention), atol=1e-4):
+        raise UnsupportedTowerError(f"{name} has rows that do not sum to 1")
+    if gradient is None or not gradient.any():
+        raise UnsupportedTowerError(
+            f"{name} receives no gradient from the features; it is not on the path to the output, and a loss on its "
+            "heatmap would be inert"
+        )

@@ -70,17 +70,32 @@ class Batch(NamedTuple):
     rows: Tensor
 
 
+class Readout(NamedTuple):
+    """What is read from the tokens of a block, and how.
+
+    Attributes:
+        features: ``(B, F)``, before normalisation; what the prediction is made from.
+        pooling: ``(B, H, 1, N)``, share of each token in what is read; rows sum to 1. Attention of a pooling probe on
+            the path to the features, or a constant without gradient: all on the CLS token, or even over the patches.
+    """
+
+    features: Tensor
+    pooling: Tensor
+
+
 class VisionTrace(NamedTuple):
     """One pass through an image tower, with the attention of the traced layers on the path to its features.
 
     Attributes:
         features: ``(B, F)``, before normalisation; what the prediction is made from.
+        pooling: ``(B, H, 1, N)``, how they were read from the last block's tokens; see `Readout`.
         attention: per traced layer, in the order of the layers, ``(B, H, N, N)``; rows sum to 1.
         grid: token grid ``(h, w)``.
-        num_prefix_tokens: tokens before the patches (1 for a CLS token).
+        num_prefix_tokens: tokens before the patches: a CLS token, registers, or none at all.
     """
 
     features: Tensor
+    pooling: Tensor
     attention: tuple[Tensor, ...]
     grid: tuple[int, int]
     num_prefix_tokens: int

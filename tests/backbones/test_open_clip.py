@@ -173,11 +173,17 @@ def test_weights_of_another_model_are_refused(folder):
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        ({"image_size": 32, "patch_size": 8, "width": 24, "head_width": 8, "layers": 1, "pool_type": "avg"}, "CLS"),
+        (
+            {"image_size": 32, "patch_size": 8, "width": 24, "head_width": 8, "layers": 1, "attentional_pool": True},
+            "AttentionalPooler",
+        ),
         ({"image_size": 32, "patch_size": 8, "width": 24, "head_width": 8, "layers": 1, "patch_dropout": 0.5}, "holes"),
         ({"image_size": 32, "patch_size": 8, "width": 24, "head_width": 8, "layers": 1, "qk_norm": True}, "attention"),
         ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "ModifiedResNet is not supported"),
-        ({"timm_model_name": "test_vit", "timm_pool": "avg", "image_size": 160}, "pools by 'avg'"),
+        (
+            {"timm_model_name": "test_vit", "timm_pool": "max", "image_size": 160},
+            "pools its tokens by global_pool = 'max'",
+        ),
         ({"timm_model_name": "test_efficientnet", "timm_pool": "avg", "image_size": 160}, "EfficientNet is not"),
     ],
 )

@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName
-from evidence_ft.tower import ImageTower, UnsupportedTowerError, check_tower
-from evidence_ft.types import Preprocessing
+from evidence_ft.timm_tower import TimmTower
+from evidence_ft.tower import ImageTower, UnsupportedTowerError, check_tower, read_cls, read_mean
+from evidence_ft.types import Preprocessing, Readout
 
 EMBEDDED = ("toy_clip",)
 """Checkpoints that come with the package."""
@@ -312,11 +313,11 @@ def _preprocessing(visual: Any) -> Preprocessing:
 def _image_tower(visual: Any) -> ImageTower:
     if isinstance(visual, VisionTransformer):
         return NativeImageTower(visual)
-    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed") and hasattr(visual.trunk, "blocks"):
-        return TimmImageTower(visual)
-    trunk = type(getattr(visual, "trunk", visual)).__name__
+    if isinstance(visual, TimmModel):
+        return TimmTower(visual.trunk, visual.head)
     raise UnsupportedTowerError(
-        f"image tower {trunk} is not supported; expected a vision transformer, native to open_clip or from timm"
+        f"image tower {type(visual).__name__} is not supported; expected a vision transformer, native to open_clip or "
+        "from timm"
     )
 
 
@@ -385,14 +386,17 @@ def _linear(weight: Tensor, bias: Tensor | None, *, trained: bool) -> nn.Linear:
 
 
 class NativeImageTower(ImageTower):
-    """``open_clip.transformer.VisionTransformer``; reads the CLS token."""
+    """``open_clip.transformer.VisionTransformer``; reads the CLS token, or the mean over the patches."""
 
     num_prefix_tokens = 1
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
-        if visual.attn_pool is not None or visual.pool_type != "tok":
-            raise UnsupportedTowerError("image tower pools its patch tokens; only the CLS read-out is supported")
+        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+            raise UnsupportedTowerError(
+                "image tower pools its tokens by open_clip's AttentionalPooler (CoCa); expected one that reads the CLS "
+                "token or the mean over the patches, or a timm trunk that pools by attention (SigLIP)"
+            )
         if not isinstance(visual.patch_dropout, nn.Identity):
             raise UnsupportedTowerError("patch dropout leaves holes in the heatmap; load the model without it")
         self.visual = visual
@@ -406,6 +410,12 @@ class NativeImageTower(ImageTower):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.visual(images)
         return features
+
+    def read(self, tokens: Tensor) -> Readout:
+        pooled, _ = self.visual._pool(tokens)
+        features = pooled if self.visual.proj is None else pooled @ self.visual.proj
+        averages = self.visual.pool_type == "avg"
+        return Readout(features, read_mean(tokens, self.num_prefix_tokens) if averages else read_cls(tokens))
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.visual.transformer.resblocks)
@@ -432,50 +442,3 @@ class NativeImageTower(ImageTower):
             yield
         finally:
             del attention.forward
-
-
-class TimmImageTower(ImageTower):
-    """A timm vision transformer inside open_clip; reads the CLS token."""
-
-    def __init__(self, visual: TimmModel) -> None:
-        super().__init__()
-        trunk = visual.trunk
-        if getattr(trunk, "global_pool", None) != "token" or getattr(trunk, "attn_pool", None) is not None:
-            raise UnsupportedTowerError(
-                f"image tower pools by {getattr(trunk, 'global_pool', 'an unknown rule')!r}; only the CLS read-out "
-                "('token') is supported"
-            )
-        self.visual = visual
-        self.grid = tuple(trunk.patch_embed.grid_size)
-        self.num_prefix_tokens = int(trunk.num_prefix_tokens)
-        for block in self.blocks():
-            if not hasattr(getattr(block, "attn", None), "attn_drop") or not hasattr(block.attn, "fused_attn"):
-                raise UnsupportedTowerError(
-                    f"block {type(block).__name__} has no timm attention with 'fused_attn' and 'attn_drop'"
-                )
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.visual(images)
-        return features
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.visual.trunk.blocks)
-
-    def recomputes(self) -> bool:
-        return bool(self.visual.trunk.grad_checkpointing)
-
-    @contextmanager
-    def explicit_attention(self, block: Any, keep: Callable[[Tensor], None]) -> Iterator[None]:
-        attention = block.attn
-        was_fused = attention.fused_attn
-
-        def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            keep(output)
-
-        hook = attention.attn_drop.register_forward_hook(keep_output)
-        attention.fused_attn = False
-        try:
-            yield
-        finally:
-            hook.remove()
-            attention.fused_attn = was_fused
