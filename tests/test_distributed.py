@@ -21,8 +21,12 @@ from tests.conftest import build_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-METHODS = {"flcp": flcp, "ft": ft}
-"""A loss over the features of all processes, and one over each image alone."""
+METHODS = {
+    "flcp": (flcp, flcp.Config(loss="softmax")),
+    "flcp with sigmoid": (flcp, flcp.Config(loss="sigmoid")),
+    "ft": (ft, ft.Config()),
+}
+"""Losses over the features of all processes, and one over each image alone."""
 
 
 def test_alone_every_reduction_is_plain_torch(generator):
@@ -63,7 +67,11 @@ def gradients_of(
     """Gradients of one step as Accelerate takes it, on as many processes as there are."""
     AcceleratorState._reset_state()  # else the precision is that of the first accelerator in this process
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    tuning = METHODS[method].prepare(build_encoder("native"), ["cat", "dog", "fox"], METHODS[method].Config())
+    encoder = build_encoder("native")
+    if method == "flcp with sigmoid":
+        encoder.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    module, config = METHODS[method]
+    tuning = module.prepare(encoder, ["cat", "dog", "fox"], config)
     step = TrainingStep(tuning, EvidenceTerm(heatmap, outside_mass.loss, "all", weight=2.0))
     wrapped = accelerator.prepare(step.to(dtype).train())
     mine = slice(accelerator.process_index, None, accelerator.num_processes)

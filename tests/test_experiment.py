@@ -11,6 +11,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from evidence_ft import checkpoints, experiment
+from evidence_ft.backbones import timm_vit
 from evidence_ft.config import ConfigError, parse
 from evidence_ft.datasets import shapes
 from evidence_ft.experiment import arm_config, arm_state, hold_out, main, run, run_arms
@@ -438,3 +439,61 @@ def test_bad_samples_are_skipped_counted_and_listed(tmp_path):
     assert record.data["test"].n == 3
     assert [sample.sample_id for sample in record.data["test"].skipped] == ["7"]
     assert "7" not in record.read_outcomes(directory / "zero_shot", "test").sample_ids
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    return {"backbone": "timm_vit", "checkpoint": timm_vit.tiny(tmp_path_factory.mktemp("tiny"))}
+
+
+@pytest.fixture(scope="module")
+def plain_model_of_shapes(plain_model, tmp_path_factory):
+    """The same, its eight classes called like those of the data."""
+    encoder = timm_vit.load(plain_model["checkpoint"])
+    encoder.model.reset_classifier(8)
+    torch.nn.init.normal_(encoder.model.head.weight)
+    encoder.model.pretrained_cfg["label_names"] = list(shapes.CLASS_NAMES)
+    folder = tmp_path_factory.mktemp("of shapes")
+    encoder.save(folder)
+    return {"backbone": "timm_vit", "checkpoint": f"local-dir:{folder}"}
+
+
+class TestAModelWithoutATextTower:
+    @pytest.fixture
+    def _unread(self, monkeypatch):
+        def read(_self, _row):
+            raise AssertionError("an image was read")
+
+        monkeypatch.setattr(shapes.Shapes, "__getitem__", read)
+
+    def test_runs_three_arms_from_its_own_head(self, plain_model_of_shapes, tmp_path):
+        finished = run(small(tmp_path, model=plain_model_of_shapes, method={"name": "ft", "head": "own"}))
+        for arm in ("zero_shot", "baseline", "evidence"):
+            assert RunRecord.read(finished / arm).read_outcomes(finished / arm, "test").n == 24
+        images = [shapes.Shapes("test", 24)[row].image for row in range(4)]
+        found = EvidenceModel.from_pretrained(finished / "zero_shot" / "model").predict(images)
+        outcomes = RunRecord.read(finished / "zero_shot").read_outcomes(finished / "zero_shot", "test")
+        assert found.labels.tolist() == outcomes.predictions.tolist()[:4]
+
+    def test_runs_baseline_and_evidence_from_a_random_head(self, plain_model, tmp_path):
+        run_arms(
+            small(
+                tmp_path,
+                model=plain_model,
+                method={"name": "lora", "objective": "ft", "head": "random"},
+                run={"arms": ["baseline", "evidence"]},
+            )
+        )
+        assert RunRecord.read(tmp_path / "small" / "evidence").training["first_evidence_to_task_gradient_ratio"] > 0
+
+    @pytest.mark.usefixtures("_unread")
+    def test_zero_shot_without_its_classes_is_refused_before_images_are_read(self, plain_model, tmp_path):
+        config = small(tmp_path, model=plain_model, method={"name": "ft", "head": "random"})
+        with pytest.raises(ConfigError, match=r"no class named 'circle'.*set run\.arms to baseline and evidence"):
+            run_arms(config)
+
+    @pytest.mark.usefixtures("_unread")
+    def test_a_method_that_needs_texts_is_refused_before_images_are_read(self, plain_model, tmp_path):
+        config = small(tmp_path, model=plain_model, run={"arms": ["baseline", "evidence"]})
+        with pytest.raises(ConfigError, match=r"method\.name = 'flcp': method flcp needs a text tower"):
+            run_arms(config)

@@ -23,7 +23,10 @@ def __getattr__(name: str) -> Any:
     """The public face, loaded when it is first asked for: torch and the model libraries take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'evidence_ft' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from evidence_ft.installation import explained
+
+    with explained(f"evidence_ft.{name}"):
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName
+from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder, Role, TowerName
+from evidence_ft.installation import explained
+
+with explained("peft"):  # imports transformers, and that torchvision, which may not fit torch
+    import peft
+    from peft.tuners.lora import LoraLayer
 
 Mode: TypeAlias = Literal["frozen", "full", "lora"]
 """What of a tower is trained: nothing, every parameter, or low-rank matrices beside its weights."""
@@ -49,8 +52,8 @@ class Towers(NamedTuple):
 
     Attributes:
         vision: the image tower.
-        text: everything but the image tower and the logit scale.
-        train_logit_scale: whether the logit scale is trained.
+        text: everything but the image tower and the logit scale and bias.
+        train_logit_scale: whether the logit scale is trained, and the logit bias where there is one.
         lora: of towers in mode ``lora``.
     """
 
@@ -60,7 +63,7 @@ class Towers(NamedTuple):
     lora: LoraConfig | None = None
 
 
-def adapt(encoder: DualEncoder, towers: Towers) -> None:
+def adapt(encoder: Encoder, towers: Towers) -> None:
     """Decide what of the encoder is trained, and put low-rank matrices where they are wanted.
 
     Before an optimizer is built. The outputs stay as they are: the matrices add nothing yet. An encoder that carries
@@ -88,19 +91,22 @@ def adapt(encoder: DualEncoder, towers: Towers) -> None:
                     "save the encoder, which merges them, and load it again"
                 )
             parameter.requires_grad_(mode == "full" or (mode == "lora" and is_low_rank))
-    encoder.logit_scale.requires_grad_(towers.train_logit_scale)
+    if isinstance(encoder, DualEncoder):
+        encoder.logit_scale.requires_grad_(towers.train_logit_scale)
+        if encoder.logit_bias is not None:
+            encoder.logit_bias.requires_grad_(towers.train_logit_scale)
 
 
-def is_adapted(encoder: DualEncoder) -> bool:
+def is_adapted(encoder: Encoder) -> bool:
     """Whether the encoder carries low-rank matrices."""
     return encoder.adapter is not None
 
 
-def save_adapter(encoder: DualEncoder, directory: Path) -> None:
+def save_adapter(encoder: Encoder, directory: Path) -> None:
     """Write the low-rank matrices as a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``).
 
     ``peft.PeftModel.from_pretrained`` loads it into the ``model`` of the encoder it was made from, after
-    `DualEncoder.split_attention`.
+    `Encoder.split_attention`.
 
     Raises:
         ValueError: the encoder carries none.
@@ -114,7 +120,7 @@ def save_adapter(encoder: DualEncoder, directory: Path) -> None:
     save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapter(encoder: DualEncoder, directory: Path) -> None:
+def load_adapter(encoder: Encoder, directory: Path) -> None:
     """Read a PEFT folder into the encoder it was made from, which may carry matrices of the same kind already.
 
     What is trained stays as it was, and is nothing in an encoder that carried none: `adapt` decides.
@@ -159,13 +165,13 @@ def load_adapter(encoder: DualEncoder, directory: Path) -> None:
     peft.set_peft_model_state_dict(encoder.model, state)
 
 
-def snapshot(encoder: DualEncoder, head: nn.Module) -> Snapshot:
+def snapshot(encoder: Encoder, head: nn.Module) -> Snapshot:
     """Copies of what training may change: parameters of the encoder that are trained, and all of the head."""
     return {name: tensor.detach().clone() for name, tensor in _changing(encoder, head).items()}
 
 
 @torch.no_grad()
-def interpolate(encoder: DualEncoder, head: nn.Module, start: Snapshot, share: float) -> None:
+def interpolate(encoder: Encoder, head: nn.Module, start: Snapshot, share: float) -> None:
     """Go back part of the way to where training started, in place: ``(1 - share) start + share tuned``.
 
     WiSE-FT, equation 1 of Wortsman et al. 2022 (arXiv 2109.01903). Low-rank matrices are interpolated as what they
@@ -200,7 +206,7 @@ def interpolate(encoder: DualEncoder, head: nn.Module, start: Snapshot, share: f
             tensor.copy_(torch.lerp(start[name], tensor, share))
 
 
-def _changing(encoder: DualEncoder, head: nn.Module) -> dict[str, Tensor]:
+def _changing(encoder: Encoder, head: nn.Module) -> dict[str, Tensor]:
     trained = {f"encoder.{name}": value for name, value in encoder.named_parameters() if value.requires_grad}
     return trained | {f"head.{name}": value for name, value in head.state_dict().items()}
 
@@ -224,7 +230,7 @@ class _LowRank:
         return state
 
 
-def _peft_config(encoder: DualEncoder, adapted: Sequence[TowerName], lora: LoraConfig) -> Any:
+def _peft_config(encoder: Encoder, adapted: Sequence[TowerName], lora: LoraConfig) -> Any:
     names: set[str] = set()
     for tower in adapted:
         projections = encoder.projections(tower)
@@ -244,7 +250,7 @@ def _peft_config(encoder: DualEncoder, adapted: Sequence[TowerName], lora: LoraC
     )
 
 
-def _put_in_place(encoder: DualEncoder, config: Any) -> None:
+def _put_in_place(encoder: Encoder, config: Any) -> None:
     """Inject the layers, unless they are there.
 
     Raises:
@@ -267,11 +273,11 @@ def _put_in_place(encoder: DualEncoder, config: Any) -> None:
     encoder.adapter = _LowRank(encoder.model)
 
 
-def _config_in_place(encoder: DualEncoder) -> Any:
+def _config_in_place(encoder: Encoder) -> Any:
     configs: Any = encoder.model.peft_config
     return configs["default"]
 
 
-def _adapter_state(encoder: DualEncoder) -> dict[str, Tensor]:
+def _adapter_state(encoder: Encoder) -> dict[str, Tensor]:
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(encoder.model, save_embedding_layers=False)
     return state

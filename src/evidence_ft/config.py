@@ -22,6 +22,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from evidence_ft.installation import InstallationError, explained
 from evidence_ft.trainer import TrainerConfig
 
 Arm = Literal["zero_shot", "baseline", "evidence", "swap", "evidence_swap"]
@@ -123,23 +124,25 @@ def component(family: str, name: str) -> ModuleType:
 
     Raises:
         ConfigError: no such module, or one that does not export what its family does.
+        InstallationError: a library that it needs is missing, or torchvision does not fit torch.
 
     Example:
         >>> component("alignments", "outside_mass").__name__
         'evidence_ft.alignments.outside_mass'
     """
     path = name if "." in name else f"evidence_ft.{family}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it imports is not
-        known = _names(family)
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"no {family} named {name!r}; {hint}there are {', '.join(known)}, or a dotted path to a module of yours"
-        ) from error
+    with explained(path):
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):
+                raise  # the module is there; something it imports is not
+            known = _names(family)
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"no {family} named {name!r}; {hint}there are {', '.join(known)}, or a dotted path to a module of yours"
+            ) from error
     missing = [export for export in _EXPORTS[family] if not hasattr(module, export)]
     if missing:
         raise ConfigError(f"module {path!r} is no member of {family}: it has no {' and no '.join(missing)}")
@@ -257,7 +260,7 @@ def parse_command_line(
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         return _parse_command_line(default, description, arguments, method, arms)
-    except ConfigError as error:
+    except (ConfigError, InstallationError) as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from error
 

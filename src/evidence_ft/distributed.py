@@ -98,8 +98,8 @@ def shard(module: nn.Module) -> None:
 
     To be called before the optimizer is built. Repeated blocks (the transformer blocks of both towers) are gathered one
     by one, for as long as they compute; what remains is gathered for the whole step. All processes start from the
-    weights of the first one. Scalars, which FSDP2 cannot shard, stay whole on every process, and their gradients are
-    averaged as those of the others are.
+    weights of the first one. Single numbers, which FSDP2 cannot shard, stay whole on every process, and their gradients
+    are averaged as those of the others are.
 
     Args:
         module: the training step, on its device.
@@ -111,7 +111,7 @@ def shard(module: nn.Module) -> None:
         raise ValueError("part of this model was sharded for an earlier training; load the model anew to train again")
     for tensor in (*module.parameters(), *module.buffers()):
         dist.broadcast(tensor.detach(), src=0)
-    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    scalars = {parameter for parameter in module.parameters() if parameter.numel() == 1}
     mesh = init_device_mesh(next(module.parameters()).device.type, (num_processes(),))
     for part in (*_repeated_blocks(module), module):
         fully_shard(part, mesh=mesh, ignored_params=scalars)

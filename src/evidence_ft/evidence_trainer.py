@@ -29,6 +29,7 @@ from evidence_ft.encoder import DualEncoder
 from evidence_ft.evaluation import evaluate
 from evidence_ft.files import named
 from evidence_ft.images import DataError
+from evidence_ft.installation import explained
 from evidence_ft.model import BaseModelRef, EvidenceModel, Prepare, save_model
 from evidence_ft.outcomes import Outcomes, summarise
 from evidence_ft.samples import EvidenceDataset, OnBadSample, validate
@@ -329,7 +330,9 @@ class EvidenceTrainer:
     def _start_trackers(self) -> None:
         if not self.args.report_to or self.accelerator.trackers:
             return
-        settings = checkpoints.flattened({**self.args.model_dump(mode="json"), "method": self.method_config})
+        settings = checkpoints.flattened(
+            {**self.args.model_dump(mode="json"), "method": self.method_config, "base": self._start._asdict()}
+        )
         known = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
         self.accelerator.init_trackers(self.args.project, known)
 
@@ -413,7 +416,8 @@ def _as_encoder(model: Any, architecture: str | None) -> DualEncoder:
     if isinstance(model, DualEncoder):
         return model
     if isinstance(model, str):
-        encoder: DualEncoder = component("backbones", "open_clip").load(model)
+        with explained("backbone open_clip"):
+            encoder: DualEncoder = component("backbones", "open_clip").load(model)
         return encoder
     if architecture is None:
         raise ConfigError(

@@ -25,10 +25,11 @@ from evidence_ft.backgrounds import BackgroundSwap
 from evidence_ft.checkpoints import flattened
 from evidence_ft.classifier import Classifier, FineTuning
 from evidence_ft.config import Arm, ConfigError, ExperimentConfig, component, parse, parse_command_line
-from evidence_ft.encoder import CheckpointError, DualEncoder
+from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
 from evidence_ft.files import RunFileError, named
 from evidence_ft.images import DataError
+from evidence_ft.installation import InstallationError, explained
 from evidence_ft.model import BaseModelRef, save_model
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.report import format_table, write_comparison
@@ -59,7 +60,15 @@ VALIDATION = "held out"
 ArmState: TypeAlias = Literal["new", "interrupted", "finished", "other"]
 """Nothing there; begun with these settings; finished with these settings; or left by other settings."""
 
-MENDABLE = (CheckpointError, ConfigError, DataError, RunFileError, TrainingError, UnsupportedTowerError)
+MENDABLE = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InstallationError,
+    RunFileError,
+    TrainingError,
+    UnsupportedTowerError,
+)
 """Errors whose message says all that a user needs."""
 
 _SWAP_ARMS: tuple[Arm, ...] = ("swap", "evidence_swap")
@@ -135,7 +144,9 @@ def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     accelerator = _accelerator(config)
     directory = config.run.directory / config.run.name
     arms = _arms_to_run(config, directory, accelerator)
-    splits = _load_splits(config, accelerator)
+    datasets = _load_datasets(config)
+    _check_model(config, arms, next(iter(datasets.values())).class_names)
+    splits = _checked_splits(config, datasets, accelerator)
     if set(arms) - {"zero_shot", "baseline"}:  # those two there are also of methods that train nothing
         config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     _check_others(config, arms, splits, directory)
@@ -237,16 +248,57 @@ def _accelerator(config: ExperimentConfig[Any, Any]) -> Accelerator:
     return accelerator
 
 
-def _load_splits(config: ExperimentConfig[Any, Any], accelerator: Accelerator) -> dict[str, Split]:
-    """Every split, each sample of it opened once."""
+def _load_datasets(config: ExperimentConfig[Any, Any]) -> dict[str, EvidenceDataset]:
+    """Every split, none of its images read yet."""
     data = config.data
     module = component("datasets", data.format)
-    trains = any(arm != "zero_shot" for arm in config.run.arms)
-    names = list(dict.fromkeys([*([data.train_split] if trains else []), *data.test_splits]))
+    names = list(dict.fromkeys([*([data.train_split] if _trains(config) else []), *data.test_splits]))
+    return {name: module.load(data, name) for name in names}
+
+
+def _trains(config: ExperimentConfig[Any, Any]) -> bool:
+    return any(arm != "zero_shot" for arm in config.run.arms)
+
+
+def _check_model(config: ExperimentConfig[Any, Any], arms: Collection[Arm], class_names: Sequence[str]) -> None:
+    """Whether there is a model, and one without a text tower can do what the arms ask, before images are read."""
+    if not arms:
+        return
+    encoder = _load_encoder(config)
+    if isinstance(encoder, DualEncoder):
+        return  # what it can do depends on texts, and to encode them takes time
+    for arm in arms:
+        _prepare(arm, arm_config(config, arm), encoder, class_names)
+
+
+def _load_encoder(config: ExperimentConfig[Any, Any]) -> Encoder:
+    with explained(f"backbone {config.model.backbone}"):
+        encoder: Encoder = component("backbones", config.model.backbone).load(config.model.checkpoint)
+    return encoder
+
+
+def _prepare(arm: Arm, config: ExperimentConfig[Any, Any], encoder: Encoder, class_names: Sequence[str]) -> FineTuning:
+    try:
+        tuning: FineTuning = component("methods", config.method.name).prepare(encoder, class_names, config.method)
+    except ValueError as error:
+        if arm == "zero_shot" and not isinstance(encoder, DualEncoder):
+            raise ConfigError(
+                f"run.arms has zero_shot, but there is no model for these classes before training: {error}; set "
+                "run.arms to baseline and evidence"
+            ) from error
+        raise ConfigError(f"method.name = {config.method.name!r}: {error}") from error
+    return tuning
+
+
+def _checked_splits(
+    config: ExperimentConfig[Any, Any], datasets: Mapping[str, EvidenceDataset], accelerator: Accelerator
+) -> dict[str, Split]:
+    """Every split, each sample of it opened once."""
+    data, names, trains = config.data, list(datasets), _trains(config)
     splits: dict[str, Split] = {}
-    for name in names:
+    for name, unchecked in datasets.items():
         dataset, bad = validate(
-            module.load(data, name),
+            unchecked,
             on_bad_sample=data.on_bad_sample,
             description=f"checking {name}",
             progress=accelerator.is_main_process,
@@ -338,13 +390,10 @@ def _run_arm(
 ) -> None:
     config = arm_config(config, arm)
     set_seed(config.run.seed)
-    encoder: DualEncoder = component("backbones", config.model.backbone).load(config.model.checkpoint)
+    encoder = _load_encoder(config)
     base = BaseModelRef(config.model.backbone, config.model.checkpoint, encoder.fingerprint())
     names = next(iter(splits.values())).dataset.class_names
-    try:
-        tuning: FineTuning = component("methods", config.method.name).prepare(encoder, names, config.method)
-    except ValueError as error:
-        raise ConfigError(f"method.name = {config.method.name!r}: {error}") from error
+    tuning = _prepare(arm, config, encoder, names)
     _check_layers(config, encoder)
     if not tuning.trains and arm not in ("zero_shot", "baseline"):
         if accelerator.is_main_process:
@@ -399,7 +448,7 @@ def _run_arm(
     ).write(directory)
 
 
-def _check_layers(config: ExperimentConfig[Any, Any], encoder: DualEncoder) -> None:
+def _check_layers(config: ExperimentConfig[Any, Any], encoder: Encoder) -> None:
     depth = len(encoder.image_tower.blocks())
     for section, layers in (("evidence", config.evidence.layers), ("evaluation", config.evaluation.layers)):
         try:
@@ -529,7 +578,7 @@ def _stop_trackers(accelerator: Accelerator) -> None:
 
 def _evaluate(
     classifier: Classifier,
-    encoder: DualEncoder,
+    encoder: Encoder,
     config: ExperimentConfig[Any, Any],
     dataset: EvidenceDataset,
     split: str,
@@ -553,7 +602,7 @@ def _evaluate(
 
 def _write_gallery(
     classifier: Classifier,
-    encoder: DualEncoder,
+    encoder: Encoder,
     config: ExperimentConfig[Any, Any],
     dataset: EvidenceDataset,
     directory: Path,

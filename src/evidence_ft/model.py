@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from evidence_ft.adaptation import is_adapted, load_adapter, save_adapter
 from evidence_ft.classifier import FineTuning
 from evidence_ft.config import ConfigError, component
-from evidence_ft.encoder import CheckpointError, DualEncoder
+from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder
 from evidence_ft.files import named, to_json, write_atomically
 from evidence_ft.images import DataError, read_image
+from evidence_ft.installation import explained
 from evidence_ft.model_card import model_card
 from evidence_ft.samples import Sample
 from evidence_ft.tower import Layers
@@ -45,7 +46,7 @@ from evidence_ft.wrapped_datasets import read_image_value
 
 MANIFEST_FILE, HEAD_FILE = "evidence_ft.json", "head.safetensors"
 
-Prepare: TypeAlias = Callable[[DualEncoder, Sequence[str]], FineTuning]
+Prepare: TypeAlias = Callable[[Any, Sequence[str]], FineTuning]
 """A method without a module of its own: encoder and class names to what is trained."""
 ImageInput: TypeAlias = Image.Image | Path | str
 """An image, or the path of one."""
@@ -59,7 +60,7 @@ class BaseModelRef(NamedTuple):
     Attributes:
         backbone: name of the file in ``backbones`` that loads it, or the dotted path of a module.
         checkpoint: what that module loads it by; None for a model that was built in memory.
-        sha256: of its weights before anything was trained, see `DualEncoder.fingerprint`.
+        sha256: of its weights before anything was trained, see `Encoder.fingerprint`.
     """
 
     backbone: str
@@ -67,7 +68,7 @@ class BaseModelRef(NamedTuple):
     sha256: str
 
     @classmethod
-    def of(cls, encoder: DualEncoder) -> Self:
+    def of(cls, encoder: Encoder) -> Self:
         """Describe an encoder as it is now; to be called before training."""
         return cls(encoder.backbone, encoder.checkpoint or None, encoder.fingerprint())
 
@@ -104,8 +105,9 @@ class Manifest(_Record):
         backbone: file in ``backbones`` that loads the encoder.
         base: the model that was tuned.
         encoder: what of the encoder is in the folder: nothing, its LoRA adapter, or all of it.
-        logit_scale: of the encoder; part of neither adapter nor head.
-        trained: parts that were trained: ``vision``, ``text``, ``logit_scale``, ``head``.
+        logit_scale: of the encoder; part of neither adapter nor head. None where there is no text tower.
+        logit_bias: likewise; None where the encoder has none.
+        trained: parts that were trained: ``vision``, ``text``, ``logit_scale`` (and bias), ``head``.
         method: its settings, with its name.
         class_names: in the order of the logits.
         heatmap: file in ``heatmaps`` that predictions are explained by.
@@ -117,7 +119,8 @@ class Manifest(_Record):
     backbone: str
     base: BaseRecord
     encoder: Literal["base", "adapter", "whole"]
-    logit_scale: float
+    logit_scale: float | None
+    logit_bias: float | None = None
     trained: tuple[str, ...]
     method: dict[str, Any]
     class_names: tuple[str, ...] = Field(min_length=1)
@@ -185,13 +188,15 @@ def save_model(
         FileExistsError: the folder holds something else.
     """
     encoder = tuning.encoder
+    dual = encoder if isinstance(encoder, DualEncoder) else None
     stored = _what_to_store(encoder, base)
     method = method_config.model_dump(mode="json") if isinstance(method_config, BaseModel) else dict(method_config)
     manifest = Manifest(
         backbone=base.backbone,
         base=BaseRecord(checkpoint=base.checkpoint, sha256=base.sha256),
         encoder=stored,
-        logit_scale=encoder.logit_scale.item(),
+        logit_scale=None if dual is None else dual.logit_scale.item(),
+        logit_bias=None if dual is None or dual.logit_bias is None else dual.logit_bias.item(),
         trained=tuple(_trained_parts(tuning)),
         method=method,
         class_names=tuple(class_names),
@@ -211,7 +216,7 @@ def save_model(
         write_atomically(folder / MANIFEST_FILE, to_json(complete.model_dump(mode="json")))
 
 
-def _what_to_store(encoder: DualEncoder, base: BaseModelRef) -> Literal["base", "adapter", "whole"]:
+def _what_to_store(encoder: Encoder, base: BaseModelRef) -> Literal["base", "adapter", "whole"]:
     if base.checkpoint is None:
         return "whole"
     if is_adapted(encoder):
@@ -220,12 +225,14 @@ def _what_to_store(encoder: DualEncoder, base: BaseModelRef) -> Literal["base", 
     return "base" if encoder.fingerprint() == base.sha256 else "whole"
 
 
-def _own_trained_weights(encoder: DualEncoder) -> list[str]:
+def _own_trained_weights(encoder: Encoder) -> list[str]:
     """Trained parameters of the towers that an adapter does not hold."""
+    scalars = (encoder.logit_scale, encoder.logit_bias) if isinstance(encoder, DualEncoder) else ()
+    elsewhere = {id(parameter) for parameter in scalars}
     return [
         name
         for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad and parameter is not encoder.logit_scale and "lora_" not in name
+        if parameter.requires_grad and id(parameter) not in elsewhere and "lora_" not in name
     ]
 
 
@@ -234,7 +241,7 @@ def _trained_parts(tuning: FineTuning) -> Iterator[str]:
     parts: dict[str, list[nn.Parameter]] = {
         "vision": encoder.tower_parameters("vision"),
         "text": encoder.tower_parameters("text"),
-        "logit_scale": [encoder.logit_scale],
+        "logit_scale": [encoder.logit_scale] if isinstance(encoder, DualEncoder) else [],
         "head": list(tuning.head.parameters()),
     }
     for name, parameters in parts.items():
@@ -306,23 +313,27 @@ def load_tuning(
     prepare = _preparation(manifest, method, directory)
     backbone = backbone or _own_component("backbones", manifest.backbone, directory)
     with torch.random.fork_rng(devices=[]):  # what is drawn to start from is overwritten at once
-        encoder = _load_encoder(directory, manifest, base, backbone)
+        with explained(f"backbone {manifest.backbone}"):
+            encoder = _load_encoder(directory, manifest, base, backbone)
         tuning = prepare(encoder, manifest.class_names)
     if manifest.encoder == "adapter":
         load_adapter(encoder, directory)
-        with torch.no_grad():
-            encoder.logit_scale.fill_(manifest.logit_scale)
+        if isinstance(encoder, DualEncoder) and manifest.logit_scale is not None:
+            with torch.no_grad():
+                encoder.logit_scale.fill_(manifest.logit_scale)
+                if encoder.logit_bias is not None and manifest.logit_bias is not None:
+                    encoder.logit_bias.fill_(manifest.logit_bias)
     _load_head(tuning.head, directory)
     return tuning, manifest
 
 
-def _load_encoder(directory: Path, manifest: Manifest, base: str | None, backbone: ModuleType) -> DualEncoder:
+def _load_encoder(directory: Path, manifest: Manifest, base: str | None, backbone: ModuleType) -> Encoder:
     if manifest.encoder == "whole":
-        whole: DualEncoder = backbone.load(str(directory.resolve()))
+        whole: Encoder = backbone.load(str(directory.resolve()))
         return whole
     checkpoint = base or manifest.base.checkpoint
     try:
-        encoder: DualEncoder = backbone.load(checkpoint)
+        encoder: Encoder = backbone.load(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(
             f"{directory} was tuned from the base model {manifest.base.checkpoint!r}, which is not in it and could not "
@@ -631,7 +642,7 @@ class EvidenceModel:
         if not images:
             raise ValueError("found no images; give at least one")
         transform = SampleTransform(self.preprocessing)
-        device = self.tuning.encoder.logit_scale.device
+        device = next(self.tuning.encoder.parameters()).device
         for start in range(0, len(images), batch_size):
             samples = [_as_sample(image, start + row) for row, image in enumerate(images[start : start + batch_size])]
             yield torch.stack([transform(sample)[0] for sample in samples]).to(device)

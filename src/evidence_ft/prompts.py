@@ -8,12 +8,15 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from evidence_ft.encoder import DualEncoder
+from evidence_ft.installation import explained
 from evidence_ft.types import at_least_float32
+
+with explained("open_clip"):
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
 NAMED = {"clip_7": SIMPLE_IMAGENET_TEMPLATES, "clip_80": OPENAI_IMAGENET_TEMPLATES}
 """The 80 templates of CLIP for ImageNet, and the seven of them that were found best together."""

@@ -4,13 +4,15 @@ timm computes attention explicitly where ``fused_attn`` is off, and its dropout 
 thrown for the length of one trace, on the blocks that are traced, and the dropout's output is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import AttentionPoolLatent
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from evidence_ft.tower import ImageTower, UnsupportedTowerError, read_cls, read_mean
@@ -38,6 +40,10 @@ class TimmTower(ImageTower):
             raise UnsupportedTowerError(
                 f"image tower {type(trunk).__name__} is not supported; expected one of timm's vision transformers"
             )
+        if getattr(trunk.patch_embed, "grid_size", None) is None:
+            raise UnsupportedTowerError(
+                f"image tower {type(trunk).__name__} has no fixed grid of patches; expected one of fixed resolution"
+            )
         _check_pooling(trunk)
         if not isinstance(getattr(trunk, "patch_drop", None) or nn.Identity(), nn.Identity):
             raise UnsupportedTowerError("patch dropout leaves holes in the heatmap; load the model without it")
@@ -58,7 +64,7 @@ class TimmTower(ImageTower):
 
     def read(self, tokens: Tensor) -> Readout:
         normed = self.trunk.norm(tokens)
-        if self.trunk.attn_pool is not None:
+        if getattr(self.trunk, "attn_pool", None) is not None:
             return self._read_by_probe(normed)
         averages = self.trunk.global_pool == "avg"
         pooling = read_mean(tokens, self.num_prefix_tokens) if averages else read_cls(tokens)
@@ -70,21 +76,8 @@ class TimmTower(ImageTower):
     def recomputes(self) -> bool:
         return bool(self.trunk.grad_checkpointing)
 
-    @contextmanager
-    def explicit_attention(self, block: Any, keep: Callable[[Tensor], None]) -> Iterator[None]:
-        attention = block.attn
-        was_fused = attention.fused_attn
-
-        def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            keep(output)
-
-        hook = attention.attn_drop.register_forward_hook(keep_output)
-        attention.fused_attn = False
-        try:
-            yield
-        finally:
-            hook.remove()
-            attention.fused_attn = was_fused
+    def explicit_attention(self, block: Any, keep: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+        return unfused(block.attn, keep)
 
     def _head(self, normed: Tensor) -> Tensor:
         features: Tensor = self.trunk.forward_head(normed, pre_logits=self.pre_logits)
@@ -124,3 +117,54 @@ def _check_pooling(trunk: Any) -> None:
         f"image tower pools its tokens by {kind}; expected the CLS token ('token'), the mean over the patches ('avg') "
         "or one attention probe ('map')"
     )
+
+
+@contextmanager
+def unfused(attention: Any, keep: Callable[[Tensor], None], switch: str = "fused_attn") -> Iterator[None]:
+    """While open, attention computes its weights explicitly and keeps what its dropout hands on.
+
+    Args:
+        attention: has the switch, and a module ``attn_drop`` that the weights pass through where it is off.
+        keep: is handed the weights ``(B, H, N, N)``, on the path to the output.
+        switch: name of the attribute.
+    """
+    was_fused = getattr(attention, switch)
+
+    def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        keep(output)
+
+    hook = attention.attn_drop.register_forward_hook(keep_output)
+    setattr(attention, switch, False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        setattr(attention, switch, was_fused)
+
+
+def split_qkv(model: nn.Module) -> None:
+    """Give EVA's attention a linear layer each for queries, keys and values, in place; see `fuse_qkv`.
+
+    It reads the weights of its one layer for the three and never calls it, so that an adapter beside it would be inert.
+    timm knows the same attention with three layers (``qkv_fused=False``); this turns the one into the other, exactly.
+    """
+    for module in model.modules():
+        if isinstance(module, EvaAttention) and module.qkv is not None and module.q_bias is not None:
+            weights = module.qkv.weight.chunk(3)
+            for name, weight, bias in zip("qkv", weights, (module.q_bias, None, module.v_bias), strict=True):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+                linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=module.qkv.weight.requires_grad)
+                if bias is not None:
+                    linear.bias = bias
+                setattr(module, f"{name}_proj", linear.train(module.training))
+            module.qkv = module.q_bias = module.v_bias = None
+            module.was_fused = True
+
+
+def fuse_qkv(model: nn.Module, state: MutableMapping[str, Tensor]) -> None:
+    """Give the state of a model the names and shapes it had before `split_qkv`, in place."""
+    for name, module in model.named_modules():
+        if isinstance(module, EvaAttention) and getattr(module, "was_fused", False):
+            state[f"{name}.qkv.weight"] = torch.cat([state.pop(f"{name}.{part}_proj.weight") for part in "qkv"])
+            for part in "qv":
+                state[f"{name}.{part}_bias"] = state.pop(f"{name}.{part}_proj.bias")

@@ -937,9 +937,9 @@ def _outlive_one_signal(_worker: int) -> None:
 def _parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim == 1]
-    # Scalars are never in shards, so they are kept apart from what may be.
-    scalars = [parameter for parameter in trained if parameter.ndim == 0]
+    vectors = [parameter for parameter in trained if parameter.ndim == 1 and parameter.numel() > 1]
+    # Single numbers are never in shards, so they are kept apart from what may be.
+    scalars = [parameter for parameter in trained if parameter.ndim < 2 and parameter.numel() == 1]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from evidence_ft.classifier import FineTuning
 from evidence_ft.distributed import inner_gradient, mean_over_defined, mean_over_processes
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder
 from evidence_ft.evidence import has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import ModelInputs, collate
@@ -231,7 +231,7 @@ def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
 
 @torch.no_grad()
 def extract_features(
-    encoder: DualEncoder, inputs: ModelInputs, accelerator: Accelerator, batch_size: int = 64
+    encoder: Encoder, inputs: ModelInputs, accelerator: Accelerator, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Features ``(n, F)`` and labels ``(n,)`` of all images in the order of their rows, on every process.
 

@@ -13,11 +13,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
+from evidence_ft.installation import explained
 from evidence_ft.samples import EvidenceDataset, Sample
 from evidence_ft.types import BACKGROUND, Batch, Preprocessing
+
+with explained("torchvision"):
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
 
 Swap: TypeAlias = Callable[[int, Sample, np.random.Generator], Sample]
 """What becomes of a row's sample before it is transformed, such as `evidence_ft.backgrounds.BackgroundSwap`."""
@@ -55,8 +58,8 @@ class SampleTransform:
 
     Without augmentation, images come out as from open_clip's own evaluation transform (resized by Pillow with
     antialiasing, padded in black), except that a stated bilinear interpolation also holds for ``shortest``
-    with a model that is not square, where open_clip resizes bicubically. Masks are resized by nearest
-    neighbour and padded as background.
+    with a model that is not square, where open_clip resizes bicubically; or, where ``crop_rounding`` is ``down``, as
+    from transformers' image processors with Pillow. Masks are resized by nearest neighbour and padded as background.
 
     Args:
         preprocessing: what the model expects.
@@ -83,12 +86,20 @@ class SampleTransform:
         if self.augmentation is None:
             resized = _resized(height, width, self.preprocessing)
             image, wrapped = self._resize(sample.image, wrapped, resized)
-            image, wrapped = v2.CenterCrop(self.preprocessing.size)(image, wrapped)
+            image, wrapped = self._centre(image, wrapped)
         else:
             image, wrapped = self._vary(sample.image, wrapped, self.augmentation)
         pixels = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
         mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
         return v2.functional.normalize(pixels, mean, std).as_subclass(Tensor), wrapped.as_subclass(Tensor)
+
+    def _centre(self, image: Image.Image, mask: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
+        rows, columns = self.preprocessing.size
+        if self.preprocessing.crop_rounding == "down" and image.height >= rows and image.width >= columns:
+            place = [(image.height - rows) // 2, (image.width - columns) // 2, rows, columns]
+            return v2.functional.crop(image, *place), v2.functional.crop(mask, *place)
+        cropped: tuple[Image.Image, tv_tensors.Mask] = v2.CenterCrop((rows, columns))(image, mask)
+        return cropped
 
     def _vary(
         self, image: Image.Image, mask: tv_tensors.Mask, augmentation: Augmentation
@@ -120,7 +131,7 @@ class SampleTransform:
 
 def _resized(height: int, width: int, preprocessing: Preprocessing) -> list[int]:
     """Size before the centre is cropped or padded, rounded as open_clip rounds."""
-    rows, columns = preprocessing.size
+    rows, columns = preprocessing.resized or preprocessing.size
     if preprocessing.resize_mode == "squash":
         return [rows, columns]
     if preprocessing.resize_mode == "longest":

@@ -44,6 +44,10 @@ class Preprocessing(NamedTuple):
         interpolation: how images are resized.
         resize_mode: ``shortest`` resizes the shorter side, then crops the centre; ``squash`` ignores the
             aspect ratio; ``longest`` resizes the longer side, then pads.
+        crop_rounding: where the centre lies between two pixels: ``even``, as torchvision and open_clip round, or
+            ``down``, as transformers does.
+        resized: height and width that are aimed at before the centre is cropped or padded to ``size``; by default, the
+            same.
     """
 
     size: tuple[int, int]
@@ -51,6 +55,8 @@ class Preprocessing(NamedTuple):
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+    crop_rounding: Literal["even", "down"] = "even"
+    resized: tuple[int, int] | None = None
 
 
 class Batch(NamedTuple):

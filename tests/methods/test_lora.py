@@ -52,3 +52,14 @@ def test_the_classifier_reads_the_adapted_text_tower(native_encoder, generator):
 def test_adapters_in_no_tower_are_refused():
     with pytest.raises(ValueError, match="no tower has an adapter"):
         lora.Config(vision="frozen", text="frozen")
+
+
+def test_the_loss_of_flcp_is_that_of_the_settings(native_encoder, generator):
+    native_encoder.model.logit_bias = torch.nn.Parameter(torch.tensor(-3.0))
+    tuning = lora.prepare(native_encoder, NAMES, lora.Config(loss="softmax"))
+    assert not native_encoder.logit_bias.requires_grad
+    features = torch.randn(6, 10, generator=generator)
+    softmax, _ = tuning.objective(features, torch.tensor([0, 1, 2, 0, 1, 2]))
+    sigmoid, _ = lora.prepare(native_encoder, NAMES, lora.Config()).objective(features, torch.tensor([0, 1, 2] * 2))
+    assert native_encoder.logit_bias.requires_grad
+    assert softmax != sigmoid

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evidence_ft.adaptation import Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, PromptHead, prompt_head
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder, with_text
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates
 from evidence_ft.types import at_least_float32
@@ -62,14 +62,15 @@ class AdapterHead(nn.Module):
             return logits
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Freeze both towers and train the adapter with cross entropy.
 
     Raises:
-        ValueError: the features are narrower than the reduction.
+        ValueError: there is no text tower, or the features are narrower than the reduction.
     """
-    adapt(encoder, Towers(vision="frozen", text="frozen", train_logit_scale=False))
-    prompts = prompt_head(encoder, class_names, config.templates)
+    dual = with_text(encoder, "method clip_adapter")
+    adapt(dual, Towers(vision="frozen", text="frozen", train_logit_scale=False))
+    prompts = prompt_head(dual, class_names, config.templates)
     width = prompts.weight.shape[1]
     if config.reduction > width:
         raise ValueError(f"reduction = {config.reduction} leaves nothing of {width} features; choose at most {width}")

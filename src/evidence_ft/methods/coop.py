@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evidence_ft.adaptation import Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, PromptHead, cosine_logits
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import DualEncoder, Encoder, with_text
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates, fill
 from evidence_ft.types import ScoreFn, at_least_float32
@@ -64,31 +64,32 @@ class Context(nn.Module):
         self.vectors = nn.Parameter(vectors)
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Freeze both towers and train the context with cross entropy.
 
     Raises:
-        ValueError: context and class names do not fit the text tower.
+        ValueError: there is no text tower, or context and class names do not fit it.
     """
-    adapt(encoder, Towers(vision="frozen", text="frozen", train_logit_scale=False))
+    dual = with_text(encoder, "method coop")
+    adapt(dual, Towers(vision="frozen", text="frozen", train_logit_scale=False))
     before, place, after = config.templates[0].partition("{}")
     names = fill(place + after, class_names)
-    context = Context(_start(encoder, before.strip(), len(names), config))
+    context = Context(_start(dual, before.strip(), len(names), config))
 
     def text_features() -> Tensor:
-        return encoder.encode_with_context(names, context.vectors)
+        return dual.encode_with_context(names, context.vectors)
 
     def objective(features: Tensor, labels: Tensor) -> tuple[Tensor, ScoreFn]:
-        weight = encoder.logit_scale.exp() * F.normalize(at_least_float32(text_features()), dim=-1)
+        weight = dual.logit_scale.exp() * F.normalize(at_least_float32(text_features()), dim=-1)
         return cross_entropy(partial(cosine_logits, weight=weight))(features, labels)
 
     def classifier() -> Classifier:
         with torch.no_grad():
-            head = PromptHead(text_features(), encoder.logit_scale.exp())
-        return Classifier(encoder.image_tower, head, class_names)
+            head = PromptHead(text_features(), dual.logit_scale.exp())
+        return Classifier(dual.image_tower, head, class_names)
 
     classifier()  # what does not fit is to be said now, not at the first step
-    return FineTuning(encoder, objective, classifier, head=context)
+    return FineTuning(dual, objective, classifier, head=context)
 
 
 def _start(encoder: DualEncoder, text: str, classes: int, config: Config) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evidence_ft.adaptation import LoraConfig, Mode, Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, HeadInit, linear_head
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates
 
@@ -32,7 +32,7 @@ class Config(BaseModel):
     lora: LoraConfig = Field(LoraConfig(), description="of an image tower in mode lora")
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Train the image tower and a linear classifier with cross entropy."""
     head = linear_head(encoder, class_names, config.templates, config.head)
     adapt(encoder, Towers(config.vision, text="frozen", train_logit_scale=False, lora=config.lora))

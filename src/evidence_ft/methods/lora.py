@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evidence_ft.adaptation import LoraConfig, Mode, Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, HeadInit, linear_head, prompt_classifier
-from evidence_ft.encoder import DualEncoder
-from evidence_ft.objectives import contrastive, cross_entropy
+from evidence_ft.encoder import Encoder, with_text
+from evidence_ft.objectives import ContrastiveLoss, contrastive, cross_entropy
 from evidence_ft.prompts import Templates
 
 
@@ -30,6 +30,10 @@ class Config(BaseModel):
     )
     targets: Literal["pair", "class"] = Field(
         "class", description="of objective flcp: a caption fits its own image alone, or all images of its class"
+    )
+    loss: ContrastiveLoss = Field(
+        "auto",
+        description="of objective flcp: softmax over the batch, sigmoid of each pair, or as the model was trained",
     )
     head: HeadInit = Field("zero_shot", description="of objective ft: where the linear classifier starts")
     vision: Mode = Field("lora", description="what is trained of the image tower")
@@ -61,15 +65,20 @@ class Config(BaseModel):
         return self
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
-    """Put adapters into the towers and train them on the chosen objective."""
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
+    """Put adapters into the towers and train them on the chosen objective.
+
+    Raises:
+        ValueError: objective ``flcp`` without a text tower, or layers or a start that the encoder does not have.
+    """
     if config.objective == "flcp":
+        dual = with_text(encoder, "method lora with objective 'flcp'")
         learn_scale = config.train_logit_scale is not False
-        adapt(encoder, Towers(config.vision, config.text or "lora", learn_scale, config.lora))
+        adapt(dual, Towers(config.vision, config.text or "lora", learn_scale, config.lora))
         return FineTuning(
-            encoder,
-            contrastive(encoder, class_names, config.templates, config.targets),
-            lambda: prompt_classifier(encoder, class_names, config.templates),
+            dual,
+            contrastive(dual, class_names, config.templates, config.targets, config.loss),
+            lambda: prompt_classifier(dual, class_names, config.templates),
         )
     head = linear_head(encoder, class_names, config.templates, config.head)
     adapt(encoder, Towers(config.vision, text="frozen", train_logit_scale=False, lora=config.lora))

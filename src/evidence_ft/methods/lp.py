@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evidence_ft.adaptation import Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, HeadInit, linear_head
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates
 
@@ -33,7 +33,7 @@ class Config(BaseModel):
     head: HeadInit = Field("zero_shot", description="where the linear classifier starts")
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Freeze both towers and train a linear classifier with cross entropy."""
     adapt(encoder, Towers(vision="frozen", text="frozen", train_logit_scale=False))
     head = linear_head(encoder, class_names, config.templates, config.head)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evidence_ft.adaptation import LoraConfig, Mode, Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, HeadInit, LinearHead, linear_head
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates
 
@@ -37,7 +37,7 @@ class Config(BaseModel):
     lora: LoraConfig = Field(LoraConfig(), description="of an image tower in mode lora")
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
     """Fit a linear classifier on the training set when it is read, then train it and the image tower."""
     head = linear_head(encoder, class_names, config.templates, config.head)
     adapt(encoder, Towers(config.vision, text="frozen", train_logit_scale=False, lora=config.lora))
@@ -63,7 +63,7 @@ def fit_probe(head: LinearHead, features: Tensor, labels: Tensor, *, l2: float, 
         iterations: of L-BFGS, at most.
     """
     device = head.weight.device
-    inputs, targets = F.normalize(features.detach().to(device).double(), dim=-1), labels.to(device)
+    inputs, targets = head.inputs(features.detach().to(device).double()), labels.to(device)
     weight, bias = (parameter.detach().double().requires_grad_() for parameter in (head.weight, head.bias))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"

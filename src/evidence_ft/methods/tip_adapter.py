@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from evidence_ft.adaptation import Towers, adapt
 from evidence_ft.classifier import Classifier, FineTuning, PromptHead, cosine_logits, prompt_head
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder, with_text
 from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates
 from evidence_ft.types import at_least_float32
@@ -95,11 +95,16 @@ class CacheHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def prepare(encoder: DualEncoder, class_names: Sequence[str], config: Config) -> FineTuning:
-    """Freeze both towers; remember the training set when it is read, and train the keys if told so."""
-    adapt(encoder, Towers(vision="frozen", text="frozen", train_logit_scale=False))
+def prepare(encoder: Encoder, class_names: Sequence[str], config: Config) -> FineTuning:
+    """Freeze both towers; remember the training set when it is read, and train the keys if told so.
+
+    Raises:
+        ValueError: the encoder has no text tower.
+    """
+    dual = with_text(encoder, "method tip_adapter")
+    adapt(dual, Towers(vision="frozen", text="frozen", train_logit_scale=False))
     head = CacheHead(
-        prompt_head(encoder, class_names, config.templates), config.alpha, config.beta, fine_tune=config.fine_tune
+        prompt_head(dual, class_names, config.templates), config.alpha, config.beta, fine_tune=config.fine_tune
     )
     return FineTuning(
         encoder,
