@@ -480,3 +480,11 @@ def test_bad_samples_are_skipped_counted_and_listed(tmp_path):
     assert record.data["test"].n == 3
     assert [sample.sample_id for sample in record.data["test"].skipped] == ["7"]
     assert "7" not in record.read_outcomes(directory / "zero_shot", "test").sample_ids
+
+
+def test_torch_computes_with_the_threads_of_the_settings_for_that_long(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "_run_arms", lambda config: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    experiment.run_arms(small(tmp_path, run={"threads": before + 1}))
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)

@@ -57,6 +57,9 @@ class RunConfig(_Section):
         0.0, ge=0, lt=1, description="of the training images of each class, held out for evaluations while training"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is what accelerate launch chose")
+    threads: int | None = Field(
+        None, gt=0, description="of the CPU, per process; sums, and so results, differ a little with their number"
+    )
     resume: bool = Field(False, description="keep finished arms, and continue the one that was interrupted")
     report_to: tuple[str, ...] = Field((), description="trackers, such as tensorboard, wandb, trackio or mlflow")
 

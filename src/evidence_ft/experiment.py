@@ -8,7 +8,8 @@ background-swap augmentation) and ``evidence_swap`` (both). What can be checked 
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -67,7 +68,7 @@ MENDABLE = (CheckpointError, ConfigError, DataError, RunFileError, TrainingError
 _SWAP_ARMS: tuple[Arm, ...] = ("swap", "evidence_swap")
 _EVIDENCE_ARMS: tuple[Arm, ...] = ("evidence", "evidence_swap")
 _NO_MATTER = {
-    *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume")),
+    *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume", "threads")),
     *(f"training.{key}" for key in MAY_CHANGE),
 }  # settings that do not decide what an arm finds
 
@@ -136,6 +137,21 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
 def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     """Run the arms of an experiment one after the other: `run` without the comparison."""
     _check_settings(config)
+    with _threads(config.run.threads):
+        return _run_arms(config)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     accelerator = _accelerator(config)
     directory = config.run.directory / config.run.name
     arms = _arms_to_run(config, directory, accelerator)
