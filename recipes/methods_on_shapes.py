@@ -16,11 +16,15 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +35,11 @@ from evidence_ft import experiment
 from evidence_ft.checkpoints import flattened
 from evidence_ft.config import Arm, ExperimentConfig, parse, read
 from evidence_ft.files import to_json, write_atomically
+from evidence_ft.interruption import Interrupted
 from evidence_ft.metrics import percentile_interval, replicate
 from evidence_ft.outcomes import Outcomes
 from evidence_ft.report import ARM_ORDER
 from evidence_ft.runs import RECORD_FILE, RunRecord
-from evidence_ft.trainer import Interrupted
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ARMS: Mapping[str, tuple[Arm, ...]] = {
@@ -140,11 +144,66 @@ def run_all(jobs: Sequence[Job], workers: int) -> list[Failure]:
         return _until_interrupted(map(run_job, jobs))
     # Read when a worker imports torch. Two runs that share all cores are slower than one after the other.
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return run_apart(run_job, jobs, workers)
+
+
+def run_apart(function: Callable[[Job], Failure | None], jobs: Sequence[Job], workers: int) -> list[Failure]:
+    """Each job in a process of its own, some at a time; a signal that ends this process ends those that run."""
+    context = multiprocessing.get_context("spawn")
+    waiting, failures, running = list(jobs), [], {}
+    with _handing_on(running) as asked_to_stop:
+        while running or (waiting and not asked_to_stop()):
+            while waiting and len(running) < workers and not asked_to_stop():
+                job, (receiving, sending) = waiting.pop(0), context.Pipe(duplex=False)
+                process = context.Process(target=_report, args=(function, job, sending))
+                process.start()
+                sending.close()
+                running[process] = (job, receiving)
+                if asked_to_stop():  # while it started
+                    process.terminate()
+            wait([process.sentinel for process in running], timeout=1)
+            for process in [process for process in running if not process.is_alive()]:
+                job, receiving = running.pop(process)
+                failure = _outcome(job, process, receiving, asked_to_stop())
+                failures += [failure] if failure else []
+                if failure and failure.interrupted:
+                    waiting = []
+        if waiting:
+            failures.append(Failure(f"stopped before {len(waiting)} job(s) had begun", interrupted=True))
+    return failures
+
+
+def _report(function: Callable[[Job], Failure | None], job: Job, sending: Connection) -> None:
     try:
-        return _until_interrupted(pool.map(run_job, jobs))
+        sending.send(function(job))
+    except KeyboardInterrupt:
+        sending.send(Failure(f"{job.method}, seed {job.seed}: interrupted", interrupted=True))
+
+
+def _outcome(job: Job, process: BaseProcess, receiving: Connection, stopped: bool) -> Failure | None:
+    try:
+        return receiving.recv()
+    except EOFError:
+        return Failure(f"{job.method}, seed {job.seed}: its process ended with {process.exitcode}", stopped)
+
+
+@contextmanager
+def _handing_on(running: Collection[BaseProcess]) -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and Ctrl-C end what is running: it saves its state. A second one kills it."""
+    noted: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+        for process in list(running):
+            if process.is_alive():
+                process.terminate() if len(noted) == 1 else process.kill()
+
+    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(noted)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _until_interrupted(results: Iterable[Failure | None]) -> list[Failure]:

@@ -39,7 +39,30 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 100):
         write(tmp_path, step, keep=2)
     assert names_in(tmp_path) == ["step-00000010", "step-00000100"]
-    assert checkpoints.latest(tmp_path) == tmp_path / "step-00000100"
+    assert checkpoints.all_in(tmp_path)[-1] == tmp_path / "step-00000100"
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_what_is(tmp_path):
+    with pytest.raises(
+        RunFileError, match=r"no checkpoint .*gone/checkpoints/x; there is no folder .*checkpoints either"
+    ):
+        checkpoints.read(tmp_path / "gone" / "checkpoints" / "x")
+    write(tmp_path / "checkpoints", 5)
+    with pytest.raises(RunFileError, match=r"no checkpoint .*step-00000007; there are '.*step-00000005'"):
+        checkpoints.read(tmp_path / "checkpoints" / "step-00000007")
+    with pytest.raises(RunFileError, match=r"is no checkpoint: it has no state\.json; there are '.*step-00000005'"):
+        checkpoints.read(tmp_path)
+
+
+def test_what_a_training_was_begun_with_is_read_back(tmp_path):
+    assert checkpoints.begun_with(tmp_path) is None
+    checkpoints.begin(tmp_path / "checkpoints", {"seed": 0})
+    assert checkpoints.begun_with(tmp_path / "checkpoints") == {"seed": 0}
+    (tmp_path / "checkpoints" / "settings.json").write_text("{")
+    with pytest.raises(RunFileError, match=r"settings\.json is damaged"):
+        checkpoints.begun_with(tmp_path / "checkpoints")
+    checkpoints.remove_all(tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
@@ -50,7 +73,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 
 def test_where_there_is_none_there_is_no_latest(tmp_path):
-    assert checkpoints.latest(tmp_path) is None
+    assert checkpoints.all_in(tmp_path) == []
     assert checkpoints.read_latest(tmp_path / "nowhere") is None
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import open_clip
@@ -9,12 +10,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from pydantic import ValidationError
 
 import evidence_ft
-from evidence_ft import EvidenceModel, EvidenceTrainer, EvidenceTrainingArguments, evidence_trainer
+from evidence_ft import EvidenceModel, EvidenceTrainer, EvidenceTrainingArguments, trackers
 from evidence_ft.alignments import outside_mass
 from evidence_ft.backbones import open_clip as backbone
 from evidence_ft.classifier import own_score
 from evidence_ft.config import ConfigError
 from evidence_ft.encoder import CheckpointError
+from evidence_ft.files import RunFileError
 from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.images import DataError
 from evidence_ft.methods import lp
@@ -180,6 +182,50 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     assert third.tuning.encoder.fingerprint() == whole.tuning.encoder.fingerprint()
 
 
+def test_what_is_missing_or_of_another_training_is_not_resumed(tmp_path):
+    with pytest.raises(RunFileError, match=r"no checkpoint .*step-00000009; there is no folder .*checkpoints either"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "out/checkpoints/step-00000009"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").write_text('{"step": 1, "task_loss": 2.0}\n')
+    with pytest.raises(
+        RunFileError, match=r"no checkpoint in .* to resume from, and .*metrics\.jsonl may be of another"
+    ):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert (tmp_path / "out/metrics.jsonl").read_text() == '{"step": 1, "task_loss": 2.0}\n'
+
+
+def test_a_finished_training_can_be_resumed_until_its_model_is_saved(tmp_path):
+    first = trainer(tmp_path)
+    first.train()
+    second = trainer(tmp_path)
+    assert second.train(resume_from_checkpoint=True).steps == 3
+    assert len(steps_of(tmp_path)) == 3
+    assert torch.equal(first.tuning.head.weight, second.tuning.head.weight)
+    second.save_model()
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_a_sampler_may_repeat_images_to_fill_a_batch(tmp_path):
+    few = data(2)
+    fitted = trainer(tmp_path, train=few, sampler=lambda epoch: [0, 1, 0, 1]).train()
+    assert fitted.steps == 1
+
+
+def test_a_class_that_no_training_image_shows_is_named(tmp_path, caplog):
+    cats = data(8)
+    cats.labels = [0] * 8
+    trainer(tmp_path, train=cats).train()
+    assert caplog.text.count("no image shows 'dog'") == 1
+
+
+def test_with_one_class_in_the_test_images_swapped_accuracy_is_not_defined(tmp_path):
+    dogs = data(6)
+    dogs.labels = [1] * 6
+    metrics = trainer(tmp_path, test=dogs).evaluate()
+    assert (metrics["n"], metrics["swapped_n"]) == (6, 0)
+    assert math.isnan(metrics["swapped_accuracy"])
+
+
 def test_the_best_evaluation_can_be_kept(tmp_path):
     settings = {"evaluate_every": 1, "early_stopping": {"metric": "mean_RMA", "patience": 1}, "epochs": 3}
     fitted = trainer(tmp_path, method="flcp", settings=settings).train()
@@ -223,7 +269,7 @@ def test_a_method_is_a_name_a_module_or_a_function(tmp_path):
     ("options", "message"),
     [
         ({"method": "lpp"}, "no methods named 'lpp'; did you mean 'lp'"),
-        ({"method_config": {"heat": 1}}, "method_config.heat: Extra inputs"),
+        ({"method_config": {"heat": 1}}, "unknown key .method_config.heat."),
         ({"heatmap": "gradcam"}, "no heatmaps named 'gradcam'"),
         ({"alignment": "inside"}, "no alignments named 'inside'"),
         ({"method": build_encoder, "method_config": {"a": 1}}, "a function takes no method_config"),
@@ -242,13 +288,13 @@ def test_what_does_not_exist_is_refused_before_anything_is_trained(options, mess
 def test_unknown_settings_and_trackers_are_refused():
     with pytest.raises(ValidationError, match="learning_rat"):
         EvidenceTrainingArguments(learning_rat=1.0)
-    with pytest.raises(ValidationError, match=r"no tracker 'tensorbord'; there are .*'tensorboard'"):
+    with pytest.raises(ValidationError, match=r"no tracker 'tensorbord'; did you mean 'tensorboard'"):
         EvidenceTrainingArguments(report_to="tensorbord")
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(evidence_trainer, "get_available_trackers", list)
-    with pytest.raises(ValidationError, match="tracker 'wandb' is not installed; pip install it"):
+    monkeypatch.setattr(trackers, "get_available_trackers", list)
+    with pytest.raises(ValidationError, match="tracker 'wandb' is not installed: pip install wandb"):
         EvidenceTrainingArguments(report_to=["wandb"])
 
 
@@ -269,7 +315,7 @@ def test_trackers_are_told_settings_steps_and_results(tmp_path, monkeypatch):
             told.setdefault("logged", []).append((step, set(values)))
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "told", Tracker)
-    monkeypatch.setattr(evidence_trainer, "get_available_trackers", lambda: ["told"])
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["told"])
     fine_tuning = trainer(tmp_path, settings={"report_to": "told", "project": "cats"})
     fine_tuning.train()
     fine_tuning.evaluate()

@@ -10,16 +10,16 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from evidence_ft import checkpoints, experiment
+from evidence_ft import checkpoints, experiment, trackers
 from evidence_ft.backbones import timm_vit
 from evidence_ft.config import ConfigError, parse
 from evidence_ft.datasets import shapes
 from evidence_ft.experiment import arm_config, arm_state, hold_out, main, run, run_arms
 from evidence_ft.images import DataError
+from evidence_ft.interruption import Interrupted
 from evidence_ft.model import EvidenceModel
 from evidence_ft.runs import RunRecord, read_steps
-from evidence_ft.trainer import Interrupted
-from evidence_ft.training import TrainingError
+from evidence_ft.training import TrainingError, TrainingStep
 from evidence_ft.transforms import ModelInputs
 
 ARMS = ("zero_shot", "baseline", "evidence", "swap", "evidence_swap")
@@ -190,7 +190,7 @@ class TestResuming:
                 run(self.settings(tmp_path))
         config = self.settings(tmp_path, resume=True)
         assert [arm_state(config, arm) for arm in ("baseline", "evidence")] == ["interrupted", "new"]
-        assert checkpoints.latest(tmp_path / "small" / "baseline" / "checkpoints").name == "step-00000003"
+        assert checkpoints.all_in(tmp_path / "small" / "baseline" / "checkpoints")[-1].name == "step-00000003"
         directory = run_arms(config)
         for arm in ("baseline", "evidence"):
             ours, theirs = RunRecord.read(directory / arm), RunRecord.read(uninterrupted / arm)
@@ -218,10 +218,29 @@ class TestResuming:
         assert "baseline: has finished; kept" in caplog.text
         assert arm_state(config, "evidence") == "finished"
 
+    def test_a_training_that_has_finished_is_not_repeated_when_the_evaluation_failed(self, tmp_path, monkeypatch):
+        def broken(*_arguments, **_options):
+            raise RuntimeError("out of memory")
+
+        config = small(tmp_path, run={"arms": ["baseline"]})
+        with monkeypatch.context() as patched:
+            patched.setattr(experiment, "evaluate", broken)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                run_arms(config)
+        arm = tmp_path / "small" / "baseline"
+        steps = (arm / "metrics.jsonl").read_bytes()
+        monkeypatch.setattr(TrainingStep, "forward", lambda *_, **__: pytest.fail("trained again"))
+        run_arms(small(tmp_path, run={"arms": ["baseline"], "resume": True}))
+        assert (arm / "metrics.jsonl").read_bytes() == steps
+        assert RunRecord.read(arm).training["steps"] == 2
+        assert not (arm / "checkpoints").exists()
+
     def test_other_settings_are_refused(self, uninterrupted):
         config = self.settings(uninterrupted.parent, resume=True, seed=1)
         assert arm_state(config, "baseline") == "other"
-        with pytest.raises(ConfigError, match=r"run\.resume: .*baseline was begun with other settings"):
+        with pytest.raises(
+            ConfigError, match=r"baseline was begun with other settings: run\.seed was 0, is 1\. Resume"
+        ):
             run(config)
 
     def test_what_does_not_decide_the_result_may_differ(self, uninterrupted):
@@ -283,7 +302,9 @@ def test_a_swap_that_no_arm_would_see_is_refused(tmp_path):
 
 class TestTrackers:
     def test_that_are_not_installed_are_named(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"run\.report_to names 'tensorbored', which is not installed"):
+        with pytest.raises(
+            ConfigError, match=r"run\.report_to: no tracker 'tensorbored'; did you mean 'tensorboard'\?"
+        ):
             run(small(tmp_path, run={"report_to": ["tensorbored"]}))
 
     def test_hear_of_every_step_of_every_arm(self, tmp_path, monkeypatch):
@@ -315,7 +336,7 @@ class TestTrackers:
                 told.append((self.arm, "finish"))
 
         monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
-        for module in (tracking, experiment):
+        for module in (tracking, trackers):
             monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType.WANDB])
         directory = run_arms(small(tmp_path, run={"report_to": ["wandb"], "arms": ["zero_shot", "baseline", "swap"]}))
         expected = []
@@ -324,6 +345,27 @@ class TestTrackers:
             logged = [(arm, step["step"], step["task_loss"]) for step in steps]
             expected += [(arm, "start"), *logged, (arm, "finish")]
         assert told == expected
+
+
+def test_one_class_alone_has_no_other_background_and_the_report_says_so(tmp_path, caplog):
+    generator = np.random.default_rng(0)
+    rows = ["sample_id,image,mask,label,split"]
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 8:40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for number in range(8):
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number},{number}.png,mask.png,star,{'train' if number < 4 else 'test'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    data = {"format": "manifest", "file": str(tmp_path / "labels.csv"), "classes": ["ring", "star"]}
+    where = {"name": "one", "device": "cpu", "directory": str(tmp_path), "arms": ["zero_shot", "baseline"]}
+    directory = run(parse({"run": where, "data": data, "training": {"batch_size": 4, "epochs": 1}}))
+    numbers = json.loads((directory / "comparison.json").read_text())["arms"]["baseline"]["test"]
+    assert (numbers["swapped_accuracy"], numbers["swapped_n"]) == (None, 0)
+    report = (directory / "comparison.md").read_text()
+    assert "accuracy on swapped backgrounds is not defined" in report
+    assert "No image of train shows 'ring'" in report
+    assert caplog.text.count("no image of split 'train' shows 'ring'") == 1
 
 
 class TestBadInput:
@@ -497,3 +539,11 @@ class TestAModelWithoutATextTower:
         config = small(tmp_path, model=plain_model, run={"arms": ["baseline", "evidence"]})
         with pytest.raises(ConfigError, match=r"method\.name = 'flcp': method flcp needs a text tower"):
             run_arms(config)
+
+
+def test_torch_computes_with_the_threads_of_the_settings_for_that_long(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "_run_arms", lambda config: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    experiment.run_arms(small(tmp_path, run={"threads": before + 1}))
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)

@@ -23,8 +23,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 from evidence_ft import checkpoints
+from evidence_ft.interruption import Interrupted
 from evidence_ft.runs import read_steps
-from evidence_ft.trainer import Interrupted, Trainer, TrainerConfig
+from evidence_ft.trainer import Trainer
+from evidence_ft.trainer_config import TrainerConfig
 from evidence_ft.transforms import Augmentation
 from tests.noise import Stop, cross_entropy_tuning, in_double, make_inputs, make_step, weights_of
 
@@ -107,8 +109,8 @@ def kill_often(directory: Path, kills: int, seed: int) -> list[list[str]]:
         own.mkdir()
         story = [own.name]
         while not (own / "weights.sha256").exists():
-            newest = checkpoints.latest(own / "checkpoints")
-            begins = int(newest.name.removeprefix("step-")) if newest else 0
+            found = checkpoints.all_in(own / "checkpoints")
+            begins = int(found[-1].name.removeprefix("step-")) if found else 0
             # Steps that were logged after the checkpoint are in the log already: then it dies while it starts.
             steps = begins + dice.randrange(1, 6)
             child = attempt(own)

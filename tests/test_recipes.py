@@ -17,7 +17,7 @@ import pytest
 
 from evidence_ft import experiment
 from evidence_ft.config import read
-from evidence_ft.trainer import Interrupted
+from evidence_ft.interruption import Interrupted
 from tests.test_report import BASELINE, EVIDENCE, ZERO_SHOT, write_arm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,6 +228,32 @@ def test_a_terminated_recipe_ends_with_75_and_the_same_command_continues(tmp_pat
     steps = [json.loads(line)["step"] for line in (arm / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
     assert (arm / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_terminated_table_of_methods_ends_its_workers(tmp_path):
+    settings = {
+        "run": {"device": "cpu"},
+        "data": {"format": "shapes", "train_images": 64, "test_images": 16},
+        "training": {"batch_size": 16, "epochs": 500, "learning_rate": 1e-3},
+        "methods": {"lp": {}, "coop": {}},
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, ROOT / "recipes" / "methods_on_shapes.py", "--config", tmp_path / "tiny.yaml"]
+    command += ["--workers", "2", "--seeds", "0", "--runs", tmp_path / "runs", "--output", tmp_path / "out"]
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
+        logs = [tmp_path / "runs" / method / "seed0" / "baseline" / "metrics.jsonl" for method in ("lp", "coop")]
+        while process.poll() is None and not all(log.exists() for log in logs):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=300)
+    assert process.returncode == 75
+    assert told.count("training was interrupted after step") == 2
+    for log in logs:
+        assert list((log.parent / "checkpoints").glob("step-*"))  # saved before they ended
+        lines = log.read_text()
+        time.sleep(0.2)
+        assert log.read_text() == lines
 
 
 @pytest.mark.slow

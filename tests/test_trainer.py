@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,8 +19,10 @@ from evidence_ft.alignments import outside_mass
 from evidence_ft.checkpoints import ResumeError
 from evidence_ft.files import RunFileError
 from evidence_ft.heatmaps import gradient_attention
+from evidence_ft.interruption import Interrupted
 from evidence_ft.outcomes import Gallery
-from evidence_ft.trainer import Interrupted, Trainer, TrainerCallback, TrainerConfig, is_flat, shuffled
+from evidence_ft.trainer import Trainer, TrainerCallback, is_flat, shuffled
+from evidence_ft.trainer_config import TrainerConfig
 from evidence_ft.training import InertEvidenceError, TrainingError
 from evidence_ft.transforms import Augmentation, collate
 from tests.conftest import build_encoder
@@ -144,6 +147,11 @@ class TestOrder:
     def test_a_sampler_whose_epochs_differ_in_length_is_refused(self):
         with pytest.raises(TrainingError, match="gives 8 rows for epoch 1 and gave 4 for epoch 0"):
             fit(make_step(), sampler=lambda epoch: range(4 * (epoch + 1)))
+
+    @pytest.mark.parametrize("row", [12, -1])
+    def test_a_sampler_that_gives_a_row_that_is_not_there_is_refused(self, row):
+        with pytest.raises(TrainingError, match=rf"gives row {row} for epoch 0, but there are 12 .* from 0 to 11"):
+            fit(make_step(), sampler=lambda epoch: [0, 1, 2, row])
 
     def test_worker_processes_change_nothing(self):
         alone, helped = make_step(), make_step()
@@ -666,9 +674,27 @@ def test_what_was_killed_before_its_first_checkpoint_starts_over(tmp_path):
     assert [record["step"] for record in records_in(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_training_that_is_resumed_is_finished_at_once(tmp_path):
-    whole, expected = everything(tmp_path, checkpoint_every=4)
-    resumed, fitted = everything(tmp_path, checkpoint_every=4, resume=True)
+def test_metrics_of_another_training_are_not_overwritten_when_there_is_no_checkpoint(tmp_path):
+    class Die(TrainerCallback):
+        def on_step_end(self, step, record):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_step(), tmp_path, callbacks=[Die()])
+    with pytest.raises(ResumeError, match=r"metrics\.jsonl was written with other settings: seed was 0, is 1"):
+        fit(make_step(), tmp_path, resume=True, seed=1)
+    checkpoints.remove_all(tmp_path / "checkpoints")
+    with pytest.raises(
+        ResumeError, match=r"no checkpoint in .* to resume from, and .*metrics\.jsonl may be of another"
+    ):
+        fit(make_step(), tmp_path, resume=True)
+    assert len(records_in(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("every", [4, None])
+def test_a_finished_training_that_is_resumed_is_finished_at_once(tmp_path, every):
+    whole, expected = everything(tmp_path, checkpoint_every=every)
+    resumed, fitted = everything(tmp_path, checkpoint_every=every, resume=True)
     assert fitted == expected
     assert_same_weights(resumed, whole)
 
@@ -759,10 +785,15 @@ class TestSignals:
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
     def test_a_second_ctrl_c_stops_at_once(self):
+        before = signal.getsignal(signal.SIGINT)
+
         class Twice(TrainerCallback):
             def on_step_end(self, step, record):
                 os.kill(os.getpid(), signal.SIGINT)
+                while signal.getsignal(signal.SIGINT) is not before:  # two at once may count as one
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
 
         with pytest.raises(KeyboardInterrupt):
             fit(make_step(), callbacks=[Twice()])

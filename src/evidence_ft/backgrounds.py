@@ -110,7 +110,7 @@ def choose_donors(labels: Sequence[int], usable: Sequence[bool], seed: int) -> l
     """Row whose background each row gets: drawn at random from the usable rows of other classes.
 
     Each donor is used once, as far as the classes allow; where one class has more than half of the rows, the
-    others give about equally often. With a single class, the donor is another image of it.
+    others give about equally often. With a single class there is no background of another one.
 
     Args:
         labels: per row.
@@ -129,13 +129,13 @@ def choose_donors(labels: Sequence[int], usable: Sequence[bool], seed: int) -> l
     donors: list[int | None] = [None] * len(labels)
     generator = np.random.default_rng(seed)
     rows = [int(row) for row in generator.permutation(np.flatnonzero(np.asarray(usable, dtype=bool)))]
-    if len(rows) < 2:
-        return donors
     counts = Counter(labels[row] for row in rows)
+    if len(counts) < 2:
+        return donors
     # In blocks by class, the largest first: a shift by its size takes every row out of its block, unless that
     # class outnumbers all others; then these serve it in turn.
     rows.sort(key=lambda row: (-counts[labels[row]], labels[row]))
-    largest = 1 if len(counts) == 1 else counts[labels[rows[0]]]
+    largest = counts[labels[rows[0]]]
     others = rows[largest:]
     given = [others[turn % len(others)] for turn in range(max(largest, len(others)))]
     given += rows[: len(rows) - len(given)]
@@ -147,13 +147,8 @@ def choose_donors(labels: Sequence[int], usable: Sequence[bool], seed: int) -> l
 
 def _shuffle(given: list[int], rows: Sequence[int], labels: Sequence[int], generator: np.random.Generator) -> None:
     """Exchange donors at random, so that a class's backgrounds do not all come from the same other class."""
-    one_class = len({labels[row] for row in rows}) == 1
-
-    def suits(row: int, donor: int) -> bool:
-        return row != donor if one_class else labels[row] != labels[donor]
-
     for i, j in generator.integers(len(rows), size=(10 * len(rows), 2)).tolist():
-        if suits(rows[i], given[j]) and suits(rows[j], given[i]):
+        if labels[rows[i]] != labels[given[j]] and labels[rows[j]] != labels[given[i]]:
             given[i], given[j] = given[j], given[i]
 
 

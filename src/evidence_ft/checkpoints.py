@@ -2,6 +2,7 @@
 
 ::
 
+    checkpoints/settings.json                      what the training was begun with
     checkpoints/step-00000120/state.json           numbers, settings and random states; names and hashes of the rest
     checkpoints/step-00000120/<group>.safetensors  tensors: weights, the optimizer's, averages
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evidence_ft.distributed import laid_out_like
-from evidence_ft.files import RunFileError, named, sha256_of
+from evidence_ft.files import RunFileError, named, sha256_of, write_atomically
 
 FORMAT_VERSION = 1
 """Of ``state.json``; a reader refuses every other."""
@@ -37,7 +38,7 @@ FORMAT_VERSION = 1
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Group, then name."""
 
-_STATE = "state.json"
+_STATE, _SETTINGS = "state.json", "settings.json"
 _log = logging.getLogger(__name__)
 
 
@@ -103,17 +104,14 @@ def all_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.is_dir())
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest checkpoint of a training; None where there is none."""
-    return next(reversed(all_in(directory)), None)
-
-
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint and check every file of it against its hash.
 
     Raises:
         RunFileError: no checkpoint, of another format, or damaged; the message names the file.
     """
+    if not path.is_dir():
+        raise RunFileError(f"there is no checkpoint {path}; {_what_is_in(path.parent)}")
     try:
         content = json.loads((path / _STATE).read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
@@ -123,7 +121,7 @@ def read(path: Path) -> Checkpoint:
             )
         step, state, files = int(content["step"]), dict(content["state"]), dict(content["files"])
     except FileNotFoundError as error:
-        raise RunFileError(f"{path} is no checkpoint: it has no {_STATE}") from error
+        raise RunFileError(f"{path} is no checkpoint: it has no {_STATE}; {_what_is_in(path)}") from error
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunFileError(f"checkpoint {path} is damaged: {_STATE}: {error!r}") from error
     tensors = {}
@@ -159,6 +157,40 @@ def read_latest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def _what_is_in(directory: Path) -> str:
+    for folder in (directory, directory / "checkpoints"):
+        if found := all_in(folder):
+            return f"there are {named([str(path) for path in found])}"
+    if not directory.is_dir():
+        return f"there is no folder {directory} either"
+    return f"{directory} holds {named(sorted(path.name for path in directory.iterdir()))}"
+
+
+def begin(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Note what a training is begun with, before there is a checkpoint. For one process only."""
+    write_atomically(directory / _SETTINGS, json.dumps(dict(settings), indent=1) + "\n")
+
+
+def begun_with(directory: Path) -> dict[str, Any] | None:
+    """What `begin` has noted; None where nothing was.
+
+    Raises:
+        RunFileError: it is damaged.
+    """
+    path = directory / _SETTINGS
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFileError(f"{path} is damaged: {error}; remove {directory} to start over") from error
+
+
+def remove_all(directory: Path) -> None:
+    """Remove the checkpoints of a training whose weights are kept elsewhere. For one process only."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def remove_after(directory: Path, step: int) -> None:
     """Remove the checkpoints of later steps: training goes on from this one. For one process only."""
     for path in all_in(directory):
@@ -184,19 +216,29 @@ def check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) 
         evidence_ft.checkpoints.ResumeError: step-00000120 was written with other settings: training.epochs was 3, \
 is 4; resume with those, or start over in another directory
     """
-    differences = []
-    for name in sorted({*then, *now}):
-        if name not in now:
-            differences.append(f"{name} was {then[name]!r}, is not set")
-        elif name not in then:
-            differences.append(f"{name} was not set, is {now[name]!r}")
-        elif then[name] != now[name]:
-            differences.append(f"{name} was {then[name]!r}, is {now[name]!r}")
-    if differences:
+    if found := differences(then, now):
         raise ResumeError(
-            f"{path} was written with other settings: {'; '.join(differences)}; "
+            f"{path} was written with other settings: {'; '.join(found)}; "
             "resume with those, or start over in another directory"
         )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between settings by dotted name, with both values.
+
+    Example:
+        >>> differences({"seed": 0, "ema": None}, {"seed": 1, "epochs": 3, "ema": None})
+        ['epochs was not set, is 3', 'seed was 0, is 1']
+    """
+    found = []
+    for name in sorted({*then, *now}):
+        if name not in now:
+            found.append(f"{name} was {then[name]!r}, is not set")
+        elif name not in then:
+            found.append(f"{name} was not set, is {now[name]!r}")
+        elif then[name] != now[name]:
+            found.append(f"{name} was {then[name]!r}, is {now[name]!r}")
+    return found
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

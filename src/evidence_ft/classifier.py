@@ -16,6 +16,9 @@ from evidence_ft.types import ScoreFn, at_least_float32
 Objective: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ScoreFn]]
 """Features ``(B, F)`` and labels ``(B,)`` to the task loss ``()`` and the score of each image's own label."""
 
+Heatmap: TypeAlias = Callable[..., Tensor]
+"""``heatmap(trace, score, *, create_graph) -> (B, h, w)``, as exported by each file of ``heatmaps``."""
+
 HeadInit: TypeAlias = Literal["zero_shot", "random", "own"]
 """Where a linear head starts: at the prompts' classifier, at random, or at the classifier the model comes with."""
 

@@ -13,17 +13,22 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
 from difflib import get_close_matches
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
+from evidence_ft.complaints import complaints
 from evidence_ft.installation import InstallationError, explained
-from evidence_ft.trainer import TrainerConfig
+from evidence_ft.trainer_config import TrainerConfig
 
 Arm = Literal["zero_shot", "baseline", "evidence", "swap", "evidence_swap"]
 D = TypeVar("D", bound=BaseModel)
@@ -53,6 +58,9 @@ class RunConfig(_Section):
         0.0, ge=0, lt=1, description="of the training images of each class, held out for evaluations while training"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is what accelerate launch chose")
+    threads: int | None = Field(
+        None, gt=0, description="of the CPU, per process; sums, and so results, differ a little with their number"
+    )
     resume: bool = Field(False, description="keep finished arms, and continue the one that was interrupted")
     report_to: tuple[str, ...] = Field((), description="trackers, such as tensorboard, wandb, trackio or mlflow")
 
@@ -170,7 +178,7 @@ def parse(tree: Mapping[str, Any], source: str = "config", *, method: str | None
     try:
         config = kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_complaints(error, kind, source))) from error
+        raise _config_error(error, kind, source) from error
     component("backbones", config.model.backbone)
     component("heatmaps", config.evidence.heatmap)
     component("heatmaps", config.evaluation.heatmap)
@@ -288,31 +296,26 @@ def _parse_command_line(
     if arms is not None:
         tree["run"] = {"arms": tuple(arms), **_section(tree, "run", source)}
     kind = _config_class(tree, source)
+    _check_flags(arguments, kind)
     blanks = {section: missing for section in replaced if (missing := _missing(kind, section, tree[section]))}
     defaults = _with_blanks(kind, tree, blanks, source) if blanks else parse(tree, source)
+    unchecked = _unchecked(defaults)
+    fields: Any = type(unchecked)  # known at run time only
 
-    fields: Any = kind  # known at run time only
+    @dataclass
+    class Command:
+        config: Annotated[Path, tyro.conf.arg(help="YAML file; flags win over it")] = first.config
+        print_config: Annotated[bool, tyro.conf.arg(help="print the resolved configuration and exit")] = False
+        experiment: Annotated[fields, tyro.conf.arg(name="")] = field(default_factory=lambda: unchecked)
 
-    class Command(BaseModel):
-        config: Annotated[Path, Field(description="YAML file; flags win over it")] = first.config
-        print_config: Annotated[bool, Field(description="print the resolved configuration and exit")] = False
-        experiment: Annotated[fields, tyro.conf.arg(name="")] = defaults
-
-    command, unknown = tyro.cli(
-        Command,
-        args=arguments,
-        description=description,
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    if unknown:
-        if not unknown[0].startswith("-"):
-            raise ConfigError(f"command line: {unknown[0]!r} is no flag; write --evidence.weight 0")
-        flags = {f"--{key}".replace("_", "-") for key in ("config", "print_config", *_keys(kind))}
-        named = [argument for argument in unknown if argument.startswith("-")]
-        raise ConfigError("\n".join(_unknown(argument, sorted(flags), "command line") for argument in named))
-    chosen: BaseModel = command.experiment
-    config = parse(chosen.model_dump(), "command line")
+    command, rest = tyro.cli(Command, args=arguments, description=description, return_unknown_args=True)
+    if rest:
+        raise ConfigError(f"command line: {_superfluous(rest[0], arguments)}")
+    chosen = asdict(command.experiment)
+    for section in _left_out(defaults):
+        if not _mentions(arguments, section):
+            _set(chosen, section, None)
+    config = parse(chosen, "command line")
     if command.print_config:
         sys.stdout.write(dump(config))
         raise SystemExit(0)
@@ -376,34 +379,173 @@ def _with_blanks(
     return kind.model_construct(**{**{name: getattr(base, name) for name in kind.model_fields}, **filled})
 
 
-def _complaints(error: ValidationError, kind: type[BaseModel], source: str) -> Iterator[str]:
-    for detail in error.errors():
-        # Members of a union appear in the location by their type; they are no keys.
-        path = [str(part) for part in detail["loc"]]
-        known = list(_keys(kind))
-        while ".".join(path) not in known and not path[-1].isdigit() and ".".join(path[:-1]) in known:
-            path.pop()
-        key = ".".join(path)
-        found = detail["input"]
-        if detail["type"] == "extra_forbidden":
-            yield _unknown(".".join(str(part) for part in detail["loc"]), known, source)
-        elif detail["type"] == "missing":
-            yield f"{source}: {key} is missing; it has no default"
-        else:
-            message = detail["msg"][:1].lower() + detail["msg"][1:]
-            yield f"{source}: {key} = {found!r} ({type(found).__name__}): {message}"
+def _config_error(error: ValidationError, kind: type[BaseModel], source: str) -> ConfigError:
+    known = list(_keys(kind))
+
+    def key_of(path: Sequence[int | str]) -> str:
+        parts = [str(part) for part in path]
+        length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), 0)
+        key, rest = ".".join(parts[:length]), parts[length:]
+        if key and not any(other.startswith(f"{key}.") for other in known):
+            # Members of a union appear in the path by their type; they are no keys.
+            rest = [part for part in rest if part.isdigit()]
+        return ".".join([key, *rest] if key else rest)
+
+    found = complaints(error, key_of=key_of, of_unknown=lambda key: _unknown(key, known))
+    return ConfigError("\n".join(f"{source}: {complaint}" for complaint in found))
 
 
-def _unknown(key: str, known: Sequence[str], source: str) -> str:
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "--help lists what there is"
-    return f"{source}: unknown key {key!r}; {hint}"
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = _nearest(key, known)
+    return f"unknown key {key!r}; {f'did you mean {near!r}?' if near else '--help lists what there is'}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """What was meant by a key that does not exist: by its initials, by its last part elsewhere, or by its letters.
+
+    Example:
+        >>> known = ["training.learning_rate", "training.epochs", "evidence.weight"]
+        >>> [_nearest(key, known) for key in ("training.lr", "epochs", "evidence.wieght", "colour")]
+        ['training.learning_rate', 'training.epochs', 'evidence.weight', None]
+    """
+    section, _, name = key.rpartition(".")
+    beside = [other for other in known if other.rpartition(".")[0] == section]
+    for among in (beside, known):
+        for other in among:
+            last = other.rpartition(".")[2]
+            if name in (last, "".join(word[0] for word in last.split("_"))):
+                return other
+    near = get_close_matches(key, beside, n=1, cutoff=0.8) or get_close_matches(key, known, n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key of a configuration, sections included."""
-    for name, field in kind.model_fields.items():
+    for name, setting in kind.model_fields.items():
         yield f"{prefix}{name}"
-        for option in (field.annotation, *get_args(field.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                yield from _keys(option, f"{prefix}{name}.")
+        if section := _section_of(setting):
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _section_of(setting: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section, even if it may be left out."""
+    options = (setting.annotation, *get_args(setting.annotation))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+# Flags
+
+
+def _unchecked(values: BaseModel) -> Any:
+    """The same fields with the same defaults, as a dataclass that checks nothing.
+
+    A flag may need another one, so nothing can be checked before all have been read. Sections that are left out are
+    there with their own defaults, because a flag may set a key of theirs.
+    """
+    fields: list[Any] = []
+    for name, setting in type(values).model_fields.items():
+        value, section = getattr(values, name), _section_of(setting)
+        annotation: Any = setting.annotation
+        if section is not None:
+            value = _unchecked(section() if value is None else value)
+            annotation = type(value)
+        described = Annotated[annotation, tyro.conf.arg(help=setting.description)]
+        fields.append((name, described, field(default_factory=partial(_itself, value))))
+    return make_dataclass(type(values).__name__, fields)()
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _left_out(values: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of sections that are None."""
+    for name, setting in type(values).model_fields.items():
+        value = getattr(values, name)
+        if value is None and _section_of(setting):
+            yield f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            yield from _left_out(value, f"{prefix}{name}.")
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Each flag as it was written, its dotted key, and what follows it."""
+    starts = [position for position, argument in enumerate(arguments) if argument.startswith("--")]
+    for start, end in pairwise([*starts, len(arguments)]):
+        flag, _, value = arguments[start].partition("=")
+        values = [value] if "=" in arguments[start] else []
+        yield flag, flag.removeprefix("--").replace("-", "_"), [*values, *arguments[start + 1 : end]]
+
+
+def _mentions(arguments: Sequence[str], section: str) -> bool:
+    return any(key.startswith(f"{section}.") for _, key, _ in _flags(arguments))
+
+
+def _check_flags(arguments: Sequence[str], kind: type[BaseModel]) -> None:
+    """Flags that do not exist, and values that cannot be, in one error that names them all."""
+    known, wrong = list(_keys(kind)), []
+    others = ("config", "print_config")
+    for flag, key, values in _flags(arguments):
+        section, _, name = key.rpartition(".")
+        positive = f"{section}.{name.removeprefix('no_')}"
+        if key in ("help", "h", *others, "no_print_config"):
+            continue
+        setting = _setting(kind, positive)
+        if key not in known and (setting is None or setting.annotation is not bool):
+            spelt = [f"--{other}".replace("_", "-") for other in (*others, *known)]
+            near = _nearest(key, [*others, *known])
+            hint = f"did you mean {spelt[[*others, *known].index(near)]!r}?" if near else "--help lists what there is"
+            wrong.append(f"unknown key {flag!r}; {hint}")
+        elif setting is None or _section_of(setting):
+            wrong.append(
+                f"{flag} is a section; set its keys, such as --{_first_of(known, key)}, or all of it in the YAML"
+            )
+        elif setting.annotation is not bool and (complaint := _complaint(setting, key, values)):
+            wrong.append(complaint)
+    if wrong:
+        raise ConfigError("\n".join(f"command line: {each}" for each in wrong))
+
+
+def _first_of(known: Sequence[str], section: str) -> str:
+    return next(key for key in known if key.startswith(f"{section}.")).replace("_", "-")
+
+
+def _setting(kind: type[BaseModel], key: str) -> FieldInfo | None:
+    name, _, rest = key.partition(".")
+    setting = kind.model_fields.get(name)
+    if setting is None or not rest:
+        return setting
+    section = _section_of(setting)
+    return None if section is None else _setting(section, rest)
+
+
+def _complaint(setting: FieldInfo, key: str, values: Sequence[str]) -> str | None:
+    """What is wrong with the values of a flag by themselves, if anything."""
+    annotation: Any = setting.annotation
+    checked: TypeAdapter[Any] = TypeAdapter(Annotated[annotation, setting])
+    first = [None if value == "None" else value for value in values[:1]]
+    complaint = None
+    for candidate in (*first, list(values)):
+        try:
+            checked.validate_python(candidate)
+        except ValidationError as error:
+            found = complaints(error, key_of=lambda _: key)[0]
+            complaint = complaint or (found if values else found.replace(f"{key} = []", f"{key} has no value"))
+        else:
+            return None
+    return complaint
+
+
+def _superfluous(word: str, arguments: Sequence[str]) -> str:
+    for flag, _, values in _flags(arguments):
+        if word in values:
+            section, _, name = flag.rpartition(".")
+            return f"{word!r} after {flag} is one value too many; a switch takes none: {flag} or {section}.no-{name}"
+    return f"{word!r} is no flag; write --evidence.weight 0"
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        tree = tree[name]
+    tree[last] = value

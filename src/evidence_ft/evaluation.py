@@ -10,14 +10,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evidence_ft.backgrounds import SwappedBackgrounds
-from evidence_ft.classifier import Classifier
+from evidence_ft.classifier import Classifier, Heatmap
 from evidence_ft.evidence import mask_to_grid, relevance_mass_accuracy
 from evidence_ft.outcomes import Outcomes
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import ModelInputs, collate
 from evidence_ft.types import Batch
-
-Heatmap = Callable[..., Tensor]
 
 
 class _PerImage(NamedTuple):

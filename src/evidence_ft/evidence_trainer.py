@@ -16,26 +16,28 @@ from typing import Any, Literal, TypeAlias
 import open_clip
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from evidence_ft import checkpoints
+from evidence_ft import checkpoints, trackers
 from evidence_ft.backbones.open_clip import OpenClipEncoder
 from evidence_ft.backgrounds import BackgroundSwap
-from evidence_ft.classifier import FineTuning, Objective
+from evidence_ft.classifier import FineTuning, Heatmap, Objective
+from evidence_ft.complaints import complaints, dotted
 from evidence_ft.config import ConfigError, component
 from evidence_ft.encoder import DualEncoder
 from evidence_ft.evaluation import evaluate
 from evidence_ft.files import named
 from evidence_ft.images import DataError
 from evidence_ft.installation import explained
-from evidence_ft.model import BaseModelRef, EvidenceModel, Prepare, save_model
+from evidence_ft.model import EvidenceModel
 from evidence_ft.outcomes import Outcomes, summarise
-from evidence_ft.samples import EvidenceDataset, OnBadSample, validate
+from evidence_ft.samples import EvidenceDataset, OnBadSample, classes_without_images, validate
+from evidence_ft.saved_model import BaseModelRef, Prepare, save_model
 from evidence_ft.tower import check_tower, resolve_layers
-from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback, TrainerConfig
-from evidence_ft.training import Alignment, EvidenceTerm, Heatmap, TrainingError, TrainingStep, extract_features
+from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback
+from evidence_ft.trainer_config import TrainerConfig
+from evidence_ft.training import Alignment, EvidenceTerm, TrainingError, TrainingStep, extract_features, name_of
 from evidence_ft.transforms import ModelInputs, SampleTransform
 from evidence_ft.wrapped_datasets import as_evidence_dataset
 
@@ -75,12 +77,7 @@ class EvidenceTrainingArguments(TrainerConfig):
     @field_validator("report_to")
     @classmethod
     def _are_trackers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        installed = [str(tracker) for tracker in get_available_trackers()]
-        for name in names:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                raise ValueError(f"no tracker {name!r}; there are {named(sorted(LOGGER_TYPE_TO_CLASS), 20)}")
-            if name not in installed:
-                raise ValueError(f"tracker {name!r} is not installed; pip install it, or leave it out of report_to")
+        trackers.check(names)
         return tuple(dict.fromkeys(names))
 
     @property
@@ -153,7 +150,7 @@ class EvidenceTrainer:
         self.class_names = self._class_names()
         self.last_metrics: dict[str, dict[str, float]] = {}
         self.steps = 0
-        self._began = False
+        self._began = self._is_finished = False
         prepare, self.method_config = _method(method, method_config)
         set_seed(self.args.seed)
         encoder = _as_encoder(model, architecture)
@@ -168,7 +165,7 @@ class EvidenceTrainer:
         except ValueError as error:
             raise ConfigError(f"method {self.method_config['name']!r}: {error}") from error
         self.tuning = tuning if objective is None else replace(tuning, objective=objective(tuning))
-        self._heatmap_name = heatmap if isinstance(heatmap, str) else _name_of(heatmap)
+        self._heatmap_name = heatmap if isinstance(heatmap, str) else name_of(heatmap)
 
     @cached_property
     def base(self) -> BaseModelRef:
@@ -179,13 +176,14 @@ class EvidenceTrainer:
         """Train in place; settings, losses and checkpoints go to ``output_dir``.
 
         Args:
-            resume_from_checkpoint: True for the newest checkpoint in ``output_dir``, from the beginning if there is
-                none; or the folder of a checkpoint.
+            resume_from_checkpoint: True for the newest checkpoint in ``output_dir``, from the beginning if this
+                training left none there; or the folder of a checkpoint.
 
         Raises:
             ConfigError: the method trains nothing.
             DataError: there is nothing to train on, or nothing to align evidence with.
             TrainingError: training cannot go on; the message says at which step and why.
+            RunFileError: ``output_dir`` holds another training, or the checkpoint is not there or damaged.
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
         """
         args, dataset = self.args, self.train_dataset
@@ -194,12 +192,15 @@ class EvidenceTrainer:
         if not self.tuning.trains and self.tuning.read_training_set is None:
             raise ConfigError(f"method {self.method_config['name']!r} trains nothing; evaluate it, or choose another")
         if self.tuning.trains:
-            args.check_fits(len(dataset), self.accelerator.num_processes)
+            rows = len(dataset) if self.sampler is None else len(self.sampler(0))  # which may repeat or leave out some
+            args.check_fits(rows, self.accelerator.num_processes)
             if args.evidence_weight and not any(source != "none" for source in dataset.mask_sources):
                 raise DataError(
                     "no training image has a mask or box, so there is nothing to align evidence with; annotate some, "
                     "or set evidence_weight to 0"
                 )
+        if (unseen := classes_without_images(dataset)) and self.accelerator.is_main_process:
+            _log.warning("train_dataset: no image shows %s: nothing is learnt of it", named(unseen, 20))
         if self.tuning.read_training_set is not None:
             self.tuning.read_training_set(
                 *extract_features(self.tuning.encoder, self._inputs(dataset), self.accelerator, args.eval_batch_size)
@@ -208,12 +209,12 @@ class EvidenceTrainer:
             return Fitted(steps=0, annotated=math.nan, first_probe=None, weight=0.0, best_step=None)
         self._start_trackers()
         resume = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else resume_from_checkpoint
-        if resume is True and self._began and not any(args.output_dir.glob("checkpoints/*")):
+        if resume is True and self._began and not checkpoints.all_in(args.output_dir / "checkpoints"):
             raise TrainingError(
                 f"{args.output_dir} holds no checkpoint, and this model has been trained already: it cannot start from "
                 "the beginning. Make a new EvidenceTrainer; checkpoint_every writes checkpoints along the way"
             )
-        self._began = True
+        self._began, self._is_finished = True, False
         swap = BackgroundSwap(dataset, args.background_swap) if args.background_swap else None
         transform = SampleTransform(self.tuning.encoder.preprocessing, args.augmentation)
         fitted = Trainer(args.training, self.accelerator, args.output_dir, self.callbacks).fit(
@@ -229,6 +230,7 @@ class EvidenceTrainer:
             sampler=self.sampler,
         )
         self.steps = fitted.steps
+        self._is_finished = True
         return fitted
 
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
@@ -269,6 +271,8 @@ class EvidenceTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Write the model as it is now; `EvidenceModel.from_pretrained` reads it.
 
+        The checkpoint that a finished training leaves goes, unless ``checkpoint_every`` asks for checkpoints.
+
         Args:
             output_dir: by default ``model`` in ``args.output_dir``.
 
@@ -286,6 +290,8 @@ class EvidenceTrainer:
                 heatmap=self._heatmap_name,
                 layers=self.args.layers,
             )
+            if self._is_finished and self.args.checkpoint_every is None:
+                checkpoints.remove_all(self.args.output_dir / "checkpoints")
         self.accelerator.wait_for_everyone()
         return directory
 
@@ -313,7 +319,7 @@ class EvidenceTrainer:
             own = {name: {key: values[key] for key in _ON_THE_CARD} for name, values in self.last_metrics.items()}
             args = self.args
             details = {
-                "alignment": _name_of(self.alignment),
+                "alignment": name_of(self.alignment),
                 "evidence weight": args.evidence_weight,
                 "explained class": args.explain,
                 "threshold": args.threshold,
@@ -330,11 +336,8 @@ class EvidenceTrainer:
     def _start_trackers(self) -> None:
         if not self.args.report_to or self.accelerator.trackers:
             return
-        settings = checkpoints.flattened(
-            {**self.args.model_dump(mode="json"), "method": self.method_config, "base": self._start._asdict()}
-        )
-        known = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
-        self.accelerator.init_trackers(self.args.project, known)
+        settings = {**self.args.model_dump(mode="json"), "method": self.method_config, "base": self._start._asdict()}
+        trackers.start(self.accelerator, self.args.project, settings)
 
     def _checked(self, dataset: Any, name: str) -> EvidenceDataset:
         checked, bad = validate(
@@ -440,20 +443,13 @@ def _method(
     if not isinstance(module, ModuleType):
         if settings is not None:
             raise ConfigError("a method that is a function takes no method_config; settle its settings in the function")
-        return module, {"name": _name_of(module)}
+        return module, {"name": name_of(module)}
     if isinstance(settings, BaseModel):
         config = settings
     else:
         try:
             config = module.Config.model_validate(settings or {})
         except ValidationError as error:
-            complaints = [f"method_config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ConfigError("; ".join(complaints)) from error
+            found = complaints(error, key_of=lambda path: dotted(["method_config", *path]))
+            raise ConfigError("; ".join(found)) from error
     return partial(module.prepare, config=config), config.model_dump(mode="json")
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    """Where a function comes from; one of our own files is called by its name."""
-    family, _, file = function.__module__.rpartition(".")
-    is_ours = family in ("evidence_ft.heatmaps", "evidence_ft.alignments")
-    return file if is_ours else f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"

@@ -8,7 +8,8 @@ background-swap augmentation) and ``evidence_swap`` (both). What can be checked 
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
+from evidence_ft import checkpoints, trackers
 from evidence_ft.adaptation import interpolate, snapshot
 from evidence_ft.backgrounds import BackgroundSwap
 from evidence_ft.checkpoints import flattened
@@ -30,7 +31,7 @@ from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
 from evidence_ft.files import RunFileError, named
 from evidence_ft.images import DataError
 from evidence_ft.installation import InstallationError, explained
-from evidence_ft.model import BaseModelRef, save_model
+from evidence_ft.interruption import Interrupted
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.report import format_table, write_comparison
 from evidence_ft.runs import (
@@ -43,9 +44,11 @@ from evidence_ft.runs import (
     environment,
     write_config,
 )
-from evidence_ft.samples import EvidenceDataset, Subset, fingerprint, validate
+from evidence_ft.samples import EvidenceDataset, Subset, classes_without_images, fingerprint, validate
+from evidence_ft.saved_model import BaseModelRef, save_model
 from evidence_ft.tower import UnsupportedTowerError, resolve_layers
-from evidence_ft.trainer import Interrupted, Trainer
+from evidence_ft.trainer import Trainer
+from evidence_ft.trainer_config import MAY_CHANGE
 from evidence_ft.training import EvidenceTerm, TrainingError, TrainingStep, extract_features
 from evidence_ft.transforms import ModelInputs, SampleTransform, to_pixels
 
@@ -74,10 +77,12 @@ MENDABLE = (
 _SWAP_ARMS: tuple[Arm, ...] = ("swap", "evidence_swap")
 _EVIDENCE_ARMS: tuple[Arm, ...] = ("evidence", "evidence_swap")
 _NO_MATTER = {
-    *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume")),
-    *(f"training.{key}" for key in ("checkpoint_every", "keep_checkpoints", "num_workers")),
-    *(f"training.{key}" for key in ("watch_every", "watch_images")),
+    *(f"run.{key}" for key in ("arms", "device", "directory", "name", "report_to", "resume", "threads")),
+    *(f"training.{key}" for key in MAY_CHANGE),
 }  # settings that do not decide what an arm finds
+
+
+_SHOWN = 8  # settings that an error names before it only counts
 
 
 class Split(NamedTuple):
@@ -141,6 +146,21 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
 def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     """Run the arms of an experiment one after the other: `run` without the comparison."""
     _check_settings(config)
+    with _threads(config.run.threads):
+        return _run_arms(config)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     accelerator = _accelerator(config)
     directory = config.run.directory / config.run.name
     arms = _arms_to_run(config, directory, accelerator)
@@ -149,6 +169,7 @@ def run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     splits = _checked_splits(config, datasets, accelerator)
     if set(arms) - {"zero_shot", "baseline"}:  # those two there are also of methods that train nothing
         config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
+    _warn_of_unseen_classes(config, splits, accelerator)
     _check_others(config, arms, splits, directory)
     try:
         for arm, resume in arms.items():
@@ -169,21 +190,29 @@ def arm_state(config: ExperimentConfig[Any, Any], arm: Arm) -> ArmState:
         RunFileError: its record is damaged.
     """
     directory = config.run.directory / config.run.name / arm
-    if (directory / RECORD_FILE).exists():
-        return "finished" if not _differing(RunRecord.read(directory).config, config, arm) else "other"
     if not directory.exists():
         return "new"
-    try:
-        begun = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    if _differences(directory, config, arm):
         return "other"
-    return "interrupted" if isinstance(begun, dict) and not _differing(begun, config, arm) else "other"
+    return "finished" if (directory / RECORD_FILE).exists() else "interrupted"
 
 
-def _differing(found: Mapping[str, Any], config: ExperimentConfig[Any, Any], arm: Arm) -> list[str]:
-    """Dotted keys in which settings that were found differ from an arm's, among those that matter."""
-    theirs, ours = flattened(found), flattened(arm_config(config, arm).model_dump(mode="json"))
-    return [key for key in theirs | ours if key not in _NO_MATTER and theirs.get(key) != ours.get(key)]
+def _differences(directory: Path, config: ExperimentConfig[Any, Any], arm: Arm) -> list[str]:
+    """In what the settings that an arm was begun with differ from those it would have now, among those that matter."""
+    if (directory / RECORD_FILE).exists():
+        begun: Any = RunRecord.read(directory).config
+    else:
+        try:
+            begun = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            begun = None
+        if not isinstance(begun, dict):
+            return [f"there is no {CONFIG_FILE} that could be read"]
+    theirs, ours = (
+        {key: value for key, value in flattened(tree).items() if key not in _NO_MATTER}
+        for tree in (begun, arm_config(config, arm).model_dump(mode="json"))
+    )
+    return checkpoints.differences(theirs, ours)
 
 
 def _check_settings(config: ExperimentConfig[Any, Any]) -> None:
@@ -199,9 +228,10 @@ def _check_settings(config: ExperimentConfig[Any, Any]) -> None:
             f"training.evaluate_every = {training.evaluate_every}, but no images are held out to evaluate on; set "
             "run.validation_share, for example to 0.1: test images are not for choosing models"
         )
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if missing := [name for name in config.run.report_to if name not in available]:
-        raise ConfigError(f"run.report_to names {named(missing)}, which is not installed; there are {named(available)}")
+    try:
+        trackers.check(config.run.report_to)
+    except ValueError as error:
+        raise ConfigError(f"run.report_to: {error}") from error
 
 
 def _arms_to_run(config: ExperimentConfig[Any, Any], directory: Path, accelerator: Accelerator) -> dict[Arm, bool]:
@@ -211,9 +241,12 @@ def _arms_to_run(config: ExperimentConfig[Any, Any], directory: Path, accelerato
     states = {arm: arm_state(config, arm) for arm in config.run.arms}
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if others := [arm for arm, state in states.items() if state == "other"]:
+        found = _differences(directory / others[0], config, others[0])
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(
-            f"run.resume: {directory / others[0]} was begun with other settings; resume with those of its "
-            f"{CONFIG_FILE}, choose another run.name, or run without --run.resume, which moves it to replaced"
+            f"run.resume: {directory / others[0]} was begun with other settings: {'; '.join(found[:_SHOWN])}{more}. "
+            f"Resume with those of its {CONFIG_FILE}, choose another run.name, or run without --run.resume, which "
+            "moves it to replaced"
         )
     for arm, state in states.items():
         if accelerator.is_main_process and state != "new":
@@ -345,8 +378,21 @@ def _described(dataset: EvidenceDataset, skipped: tuple[SkippedSample, ...] = ()
         n=len(dataset),
         annotated=sum(source != "none" for source in dataset.mask_sources),
         skipped=skipped,
+        classes_without_images=classes_without_images(dataset),
     )
     return Split(dataset, record)
+
+
+def _warn_of_unseen_classes(
+    config: ExperimentConfig[Any, Any], splits: Mapping[str, Split], accelerator: Accelerator
+) -> None:
+    train = splits.get(config.data.train_split)
+    if train and train.record.classes_without_images and accelerator.is_main_process:
+        _log.warning(
+            "no image of split %r shows %s: nothing is learnt of it",
+            config.data.train_split,
+            named(train.record.classes_without_images, 20),
+        )
 
 
 def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -411,7 +457,7 @@ def _run_arm(
     if tuning.trains:
         model["fine_tuned_sha256"] = encoder.fingerprint()
     if accelerator.is_main_process:
-        # Before the evaluation: whatever happens there, the training is kept.
+        # Before the evaluation: whatever happens there, the model is kept. The training goes on from its checkpoint.
         save_model(
             directory / "model",
             tuning,
@@ -446,6 +492,8 @@ def _run_arm(
         results=results,
         outcomes=stored,
     ).write(directory)
+    if config.training.checkpoint_every is None:
+        checkpoints.remove_all(directory / "checkpoints")  # the one of the end; the weights are in model
 
 
 def _check_layers(config: ExperimentConfig[Any, Any], encoder: Encoder) -> None:
@@ -515,7 +563,10 @@ def _train(
         BackgroundSwap(dataset, probability) if probability else None,
     )
     unseen = splits[VALIDATION].dataset if VALIDATION in splits else None
-    _start_trackers(config, directory, accelerator)
+    if config.run.report_to:
+        accelerator.project_configuration.set_directories(directory)
+        # A tracker's project is the run, and its run the arm.
+        trackers.start(accelerator, config.run.name, config.model_dump(mode="json"), directory.name)
     fitted = Trainer(config.training, accelerator, directory).fit(
         TrainingStep(tuning, evidence),
         inputs,
@@ -526,7 +577,7 @@ def _train(
         panel=as_they_are if unseen is None else ModelInputs(unseen, SampleTransform(preprocessing), seed=0),
         evaluate=None if unseen is None else _judge(tuning, config, unseen, accelerator),
     )
-    _stop_trackers(accelerator)
+    trackers.stop(accelerator)
     if start is not None:
         interpolate(tuning.encoder, tuning.head, start, share)
     probe = fitted.first_probe
@@ -554,26 +605,6 @@ def _judge(
         return summarise(outcomes, config.evaluation.threshold)
 
     return judge
-
-
-def _start_trackers(config: ExperimentConfig[Any, Any], directory: Path, accelerator: Accelerator) -> None:
-    """A tracker's project is the run, and its run the arm."""
-    if not config.run.report_to:
-        return
-    accelerator.project_configuration.set_directories(directory)
-    settings = {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in flattened(config.model_dump(mode="json")).items()
-    }
-    by_name = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
-    named_by = {tracker: {key: directory.name} for tracker, key in by_name.items()}
-    accelerator.init_trackers(config.run.name, settings, named_by)
-
-
-def _stop_trackers(accelerator: Accelerator) -> None:
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers = []
 
 
 def _evaluate(

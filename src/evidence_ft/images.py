@@ -39,7 +39,7 @@ def read_image(path: Path) -> Image.Image:
             or its pixel values have no known range.
     """
     with _pillow_errors_explained(path):
-        return _to_rgb(_open_upright(path), path)
+        return to_rgb(_open_upright(path), path)
 
 
 def read_mask(path: Path, threshold: float) -> MaskArray:
@@ -62,7 +62,7 @@ def read_mask(path: Path, threshold: float) -> MaskArray:
     if not 0 < threshold <= 1:
         raise ValueError(f"mask threshold is {threshold}; choose one above 0 and up to 1")
     with _pillow_errors_explained(path):
-        grey = _to_grey(_open_upright(path), path)
+        grey = to_grey(_open_upright(path), path)
     mask = np.where(grey >= threshold, OBJECT, BACKGROUND).astype(np.uint8)
     if not (mask == OBJECT).any():
         largest = float(grey.max(initial=0.0))
@@ -105,7 +105,16 @@ def _open_upright(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """An upright image in RGB, as `read_image` describes it.
+
+    Args:
+        image: of any mode.
+        path: of its file, or what else the message is to call it.
+
+    Raises:
+        DataError: its pixel values have no known range.
+    """
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(np.rint(_scaled_16_bit(image, path) * 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -115,7 +124,16 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_grey(image: Image.Image, path: Path) -> npt.NDArray[np.float64]:
+def to_grey(image: Image.Image, path: Path) -> npt.NDArray[np.float64]:
+    """An upright mask as shares of white ``(Hpx, Wpx)``, as `read_mask` describes it.
+
+    Args:
+        image: of any mode.
+        path: of its file, or what else the message is to call it.
+
+    Raises:
+        DataError: it has colours or transparency, or its pixel values have no known range.
+    """
     if image.mode.startswith(("I", "F")):
         return _scaled_16_bit(image, path)
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:

@@ -552,10 +552,33 @@ def _notes(comparison: Comparison) -> list[str]:
                     f"{arm.name} has {outcomes.empty_heatmaps} empty heatmaps of {outcomes.n} on {split}; "
                     "with evidence they count as wrong rationales."
                 )
+    notes += [
+        f"On {split} no object can be shown on the background of another class: accuracy on swapped backgrounds is not "
+        "defined. It needs annotated images of two classes."
+        for split in comparison.splits
+        if not any(arm.outcomes[split].swapped_n for arm in comparison.arms)
+    ]
+    notes += _unseen_classes(comparison.arms)
     if skipped := len(_skipped(comparison.arms)) - 1:
         left_out = "1 sample was" if skipped == 1 else f"{skipped} samples were"
         notes.append(f"{left_out} left out as unusable; {RECORD_FILE} says which and why.")
     return notes
+
+
+def _unseen_classes(arms: Sequence[Arm]) -> list[str]:
+    trained_on = [
+        (split, data)
+        for arm in arms
+        if arm.record.training
+        and (split := (arm.record.config.get("data") or {}).get("train_split"))
+        and (data := arm.record.data.get(split))
+    ]
+    found = [
+        f"No image of {split} shows {named(data.classes_without_images, 20)}: nothing was learnt of it."
+        for split, data in trained_on
+        if data.classes_without_images
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _warnings(comparison: Comparison) -> list[str]:

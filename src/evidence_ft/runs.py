@@ -25,6 +25,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from evidence_ft.complaints import complaints
 from evidence_ft.files import FORMAT_VERSION, RunFileError, named, sha256_of, to_json, write_atomically
 from evidence_ft.outcomes import Outcomes
 
@@ -65,12 +66,14 @@ class DataRecord(_Record):
         n: samples used.
         annotated: of these, with evidence.
         skipped: samples left out.
+        classes_without_images: names of classes that no sample has.
     """
 
     fingerprint: str
     n: int = Field(ge=0)
     annotated: int = Field(ge=0)
     skipped: tuple[SkippedSample, ...] = ()
+    classes_without_images: tuple[str, ...] = ()
 
 
 class StoredFile(_Record):
@@ -148,8 +151,7 @@ class RunRecord(_Record):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            complaints = [f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg']}" for e in error.errors()]
-            raise RunFileError(f"{path}: " + "; ".join(complaints)) from error
+            raise RunFileError(f"{path}: {'; '.join(complaints(error))}") from error
 
     def read_outcomes(self, directory: Path, split: str) -> Outcomes:
         """The table of one split, if it is still the one this record was written for.

@@ -119,6 +119,12 @@ class DatasetConfig(BaseModel):
 # Classes and rows
 
 
+def classes_without_images(dataset: EvidenceDataset) -> tuple[str, ...]:
+    """Names of the classes that no row has."""
+    shown = set(dataset.labels)
+    return tuple(name for label, name in enumerate(dataset.class_names) if label not in shown)
+
+
 def choose_classes(
     declared: Sequence[str],
     used: Mapping[str, str],

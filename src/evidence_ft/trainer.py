@@ -10,22 +10,17 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import FrameType, FunctionType
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -36,20 +31,23 @@ from evidence_ft.distributed import gather, laid_out_like, shard, unshard, unsha
 from evidence_ft.evaluation import choose_panel, explain_panel
 from evidence_ft.evidence import is_empty, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.files import named
+from evidence_ft.interruption import Interrupted, noted_signals, outlive_one_signal
 from evidence_ft.outcomes import Gallery
 from evidence_ft.runs import METRICS_FILE
 from evidence_ft.samples import fingerprint
 from evidence_ft.tower import check_trainable
+from evidence_ft.trainer_config import MAY_CHANGE, EarlyStopping, TrainerConfig
 from evidence_ft.training import (
     GradientProbe,
     TrainingError,
     TrainingStep,
     is_annotated,
+    name_of,
     probe_gradients,
 )
-from evidence_ft.transforms import Augmentation, ModelInputs, collate, to_pixels
+from evidence_ft.transforms import ModelInputs, collate, to_pixels
 from evidence_ft.types import Batch, Losses
-from evidence_ft.weighting import EvidenceWeight, Weighting, WeightState
+from evidence_ft.weighting import EvidenceWeight, WeightState
 
 _log = logging.getLogger(__name__)
 
@@ -59,102 +57,6 @@ dependent on nothing but the epoch, so that an interrupted one can be continued.
 
 Evaluate: TypeAlias = Callable[[], Mapping[str, float]]
 """The model as it is now to metrics; called on, and returning the same on, every process."""
-
-
-class Interrupted(Exception):  # noqa: N818  # no error: training does what it was told
-    """Training was asked to stop (SIGTERM, Ctrl-C) and has done so after a whole step.
-
-    Attributes:
-        checkpoint: where it can be resumed; None where the trainer has no directory.
-        exit_code: for a command line: 75, "temporary failure, try again" of ``sysexits.h``.
-    """
-
-    exit_code = 75
-
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
-        where = f"resume from {checkpoint}" if checkpoint else "nothing was saved: the trainer has no directory"
-        super().__init__(f"training was interrupted after step {step}; {where}")
-        self.checkpoint = checkpoint
-
-
-class EarlyStopping(BaseModel):
-    """Stop when a metric no longer improves, and keep the weights of its best evaluation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    metric: str = Field("accuracy", description="of what the evaluation returns")
-    patience: int = Field(3, gt=0, description="evaluations in a row without improvement after which training stops")
-    mode: Literal["max", "min"] = Field("max", description="whether more of it is better, or less")
-
-
-class TrainerConfig(BaseModel):
-    """How the trained parameters are fitted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(1e-5, gt=0, description="of AdamW, at its peak")
-    epochs: int = Field(10, gt=0, description="passes over the training images")
-    batch_size: int = Field(32, gt=1, description="images per process and forward pass")
-    gradient_accumulation: int = Field(
-        1, gt=0, description="batches per optimizer step; does not enlarge the batches of a contrastive loss"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="of matrices; biases, gains and the logit scale have none")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    max_gradient_norm: float | None = Field(None, gt=0, description="gradients are clipped to this norm")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay per step of a running mean of the weights, which is evaluated and kept"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute the image tower's blocks again in the backward pass instead of keeping them"
-    )
-    augmentation: Augmentation | None = Field(
-        Augmentation(), description="random crops and flips, drawn once for image and mask"
-    )
-    background_swap: float = Field(
-        0.0, ge=0, le=1, description="share of the objects that are shown on another image's background"
-    )
-    evidence_every: int = Field(1, gt=0, description="steps between two that have the evidence loss")
-    evidence_images: int | None = Field(
-        None, gt=0, description="images of a batch that are explained at most, at random, annotated ones first"
-    )
-    evidence_warmup_steps: int = Field(0, ge=0, description="steps over which the evidence weight grows from 0")
-    weighting: Weighting = Field(Weighting(), description="how the evidence weight is adjusted")
-    probe_every: int = Field(50, gt=0, description="steps between two measurements of the evidence-to-task ratio")
-    evaluate_every: int | None = Field(None, gt=0, description="steps between two evaluations while training")
-    early_stopping: EarlyStopping | None = Field(None, description="stop when a metric no longer improves")
-    watch_every: int | None = Field(None, gt=0, description="steps between two looks at a fixed panel of images")
-    watch_images: int = Field(8, gt=0, description="annotated images in that panel")
-    checkpoint_every: int | None = Field(
-        None, gt=0, description="steps between two checkpoints; without, only an interruption leaves one"
-    )
-    keep_checkpoints: int = Field(2, gt=0, description="checkpoints that are kept, the newest ones")
-    num_workers: int = Field(0, ge=0, description="processes that load images, per process that trains")
-
-    @model_validator(mode="after")
-    def _what_needs_evaluations_has_them(self) -> Self:
-        needs = "early_stopping" if self.early_stopping else "weighting.kind metric_bound"
-        if self.evaluate_every is None and (self.early_stopping or self.weighting.kind == "metric_bound"):
-            raise ValueError(f"{needs} needs evaluations while training; set evaluate_every")
-        return self
-
-    def check_fits(self, images: int, processes: int) -> None:
-        """Refuse a step that the training images cannot fill.
-
-        Raises:
-            TrainingError: fewer images than one optimizer step of all processes takes.
-        """
-        shares = processes * self.gradient_accumulation
-        if images < self.batch_size * shares:
-            accumulated = f" times {self.gradient_accumulation} accumulated" if self.gradient_accumulation > 1 else ""
-            raise TrainingError(
-                f"{images} training images are fewer than one batch: training.batch_size is {self.batch_size}"
-                f"{accumulated} on {processes} process(es); set training.batch_size to at most {images // shares}"
-            )
-
-
-_MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "num_workers", "watch_every", "watch_images"}
-"""Settings that do not decide what is learnt: a resumed training may have others."""
 
 
 class TrainerCallback:
@@ -231,8 +133,8 @@ class Trainer:
             inputs: training images; what does not fill an optimizer step at the end of an epoch is dropped.
             seed: of the order of the images.
             description: of the progress bar.
-            resume: True to go on from the newest checkpoint in the directory, from the beginning if there is none; a
-                folder to go on from that checkpoint.
+            resume: True to go on from the newest checkpoint in the directory, from the beginning if this training left
+                none there; a folder to go on from that checkpoint.
             settings: whatever else must be the same when training is resumed, such as the method's settings.
             panel: images without augmentation that are explained every ``watch_every`` steps.
             evaluate: called every ``evaluate_every`` steps and after the last one.
@@ -249,7 +151,7 @@ class Trainer:
             tower.set_checkpointing(self.config.gradient_checkpointing)
             run = _Run(self, step, inputs, seed, panel, evaluate, sampler or shuffled(len(inputs), seed))
             run.begin(resume, settings or {})
-            with _signals() as asked_to_stop:
+            with noted_signals() as asked_to_stop:
                 run.train(description, asked_to_stop)
             return run.finish()
         finally:
@@ -320,7 +222,7 @@ class _Run:
         self.step, self.inputs, self.seed, self.sampler, self.evaluate = step, inputs, seed, sampler, evaluate
         self.check()
         self.rows_per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-        self.rows = len(sampler(0))
+        self.rows = len(self._rows_of(0))
         config.check_fits(self.rows, accelerator.num_processes)
         self.steps_per_epoch = self.rows // self.rows_per_step
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -366,6 +268,16 @@ class _Run:
                 config.batch_size * self.accelerator.num_processes,
             )
 
+    def _rows_of(self, epoch: int) -> Sequence[int]:
+        """What the sampler gives, which may be anybody's."""
+        rows, images = self.sampler(epoch), len(self.inputs)
+        if outside := [row for row in rows if not 0 <= row < images]:
+            raise TrainingError(
+                f"the sampler gives row {outside[0]} for epoch {epoch}, but there are {images} training images; "
+                f"expected rows from 0 to {images - 1}"
+            )
+        return rows
+
     def _choose_panel(self, panel: ModelInputs | None) -> tuple[ModelInputs, list[int]] | None:
         if not self.config.watch_every:
             return None
@@ -406,13 +318,31 @@ class _Run:
         if checkpoint is not None:
             checkpoints.check_settings(checkpoint.path, checkpoint.state["settings"], self.settings)
             self._restore(checkpoint)
+        elif self.metrics.exists():
+            self._check_that_it_is_ours()
         self.accelerator.wait_for_everyone()  # all have read before the first one writes
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._continue_metrics(checkpoint)
+            checkpoints.begin(self.checkpoints, self.settings)
             checkpoints.remove_after(self.checkpoints, self.progress.number)
             if resume:
-                _log.info("resuming after step %d of %d", self.progress.number, self.total_steps)
+                _log.info(
+                    "resuming after step %d of %d%s",
+                    self.progress.number,
+                    self.total_steps,
+                    "" if checkpoint else f": {self.checkpoints} holds no checkpoint",
+                )
+
+    def _check_that_it_is_ours(self) -> None:
+        """Steps were logged and no checkpoint was left: only this very training may log them again."""
+        then = checkpoints.begun_with(self.checkpoints)
+        if then is None:
+            raise ResumeError(
+                f"there is no checkpoint in {self.checkpoints} to resume from, and {self.metrics} may be of another "
+                "training; remove it to start over, or choose another directory"
+            )
+        checkpoints.check_settings(self.metrics, then, self.settings)
 
     def finish(self) -> Fitted:
         """Leave the weights that count in place."""
@@ -453,12 +383,12 @@ class _Run:
         return bool(gather(torch.tensor([asked_to_stop], device=self.accelerator.device)).any())
 
     def save_or_stop(self, asked_to_stop: bool) -> None:
-        """Between two steps: a checkpoint where one is due, and the end where any process was asked for it."""
+        """After a step: a checkpoint where one is due, as after the last, and the end if a process was asked for it."""
         number, every = self.progress.number, self.config.checkpoint_every
         stop = self._anyone(asked_to_stop)
         is_last = number == self.total_steps or self.progress.stopped
         saved = None
-        if stop or (every and (is_last or number % every == 0)):
+        if stop or is_last or (every and number % every == 0):
             saved = self.save()
         if stop:
             raise Interrupted(number, saved)
@@ -466,7 +396,7 @@ class _Run:
     def steps_of(self, epoch: int, done: int) -> Generator[list[Batch]]:
         """The accumulated batches of each step of an epoch, without loading those that are done."""
         config, accelerator = self.config, self.accelerator
-        rows = self.sampler(epoch)
+        rows = self._rows_of(epoch)
         if len(rows) != self.rows:
             raise TrainingError(
                 f"the sampler gives {len(rows)} rows for epoch {epoch} and gave {self.rows} for epoch 0; "
@@ -485,7 +415,7 @@ class _Run:
             num_workers=config.num_workers,
             pin_memory=accelerator.device.type == "cuda",
             collate_fn=collate,
-            worker_init_fn=_outlive_one_signal,
+            worker_init_fn=outlive_one_signal,
             # A generator of its own: an iterator draws a seed from one, and a resumed epoch has one iterator more.
             generator=torch.Generator().manual_seed(self.seed + epoch),
         )
@@ -840,15 +770,15 @@ class _Run:
     def _settings(self, others: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that must be the same when training is resumed, by dotted name."""
         evidence, inputs, transform = self.step.evidence, self.inputs, self.inputs.transform
-        training = self.config.model_dump(mode="json", exclude=_MAY_CHANGE)
+        training = self.config.model_dump(mode="json", exclude=set(MAY_CHANGE))
         augmentation = transform.augmentation
         frozen = {name: whole(value) for name, value in self.step.named_parameters() if not value.requires_grad}
         ours = checkpoints.flattened(
             {
                 "training": training,
                 "evidence": {
-                    "heatmap": _name_of(evidence.heatmap),
-                    "alignment": _name_of(evidence.alignment),
+                    "heatmap": name_of(evidence.heatmap),
+                    "alignment": name_of(evidence.alignment),
                     "layers": evidence.layers if evidence.layers == "all" else list(evidence.layers),
                     "weight": evidence.weight,
                 },
@@ -885,53 +815,6 @@ def is_flat(task_losses: Sequence[float]) -> bool:
         return False
     smallest, largest = min(task_losses), max(task_losses)
     return largest > 0.01 and largest - smallest < 1e-3 * largest
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    kind = function if isinstance(function, FunctionType) else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT are noted; a second one of its kind acts as it did before.
-
-    Only the main thread may listen; elsewhere nothing is noted.
-    """
-    noted: deque[int] = deque()
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.signal(number, previous[number])
-        _log.warning("%s: stopping after this step; once more to stop at once", signal.Signals(number).name)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            # None stands for a handler that was not set from Python, and cannot be put back.
-            previous[number] = signal.getsignal(number) or signal.SIG_DFL
-            signal.signal(number, note)
-    try:
-        yield lambda: bool(noted)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _outlive_one_signal(_worker: int) -> None:
-    """A scheduler and Ctrl-C signal all processes of a group: were loaders to die, the last step could not be saved.
-
-    A second signal ends them, as one of the two does that a process sends its children when it exits.
-    """
-    noted: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if noted:
-            os._exit(0)
-        noted.append(number)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
 
 
 def _parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, object]]:

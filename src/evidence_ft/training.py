@@ -9,14 +9,15 @@ that is taken inside.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from types import FunctionType
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evidence_ft.classifier import FineTuning
+from evidence_ft.classifier import FineTuning, Heatmap
 from evidence_ft.distributed import inner_gradient, mean_over_defined, mean_over_processes
 from evidence_ft.encoder import Encoder
 from evidence_ft.evidence import has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
@@ -24,8 +25,6 @@ from evidence_ft.tower import Layers
 from evidence_ft.transforms import ModelInputs, collate
 from evidence_ft.types import OBJECT, Batch, Losses, ScoreFn, VisionTrace
 
-Heatmap = Callable[..., Tensor]
-"""``heatmap(trace, score, *, create_graph) -> (B, h, w)``, as exported by each file of ``heatmaps``."""
 Alignment = Callable[[Tensor, Tensor], Tensor]
 """``loss(heatmaps, masks) -> (B,)``, as exported by each file of ``alignments``."""
 
@@ -125,6 +124,20 @@ class TrainingStep(nn.Module):
             loss = mean_over_defined(torch.where(faulty, torch.inf, per_image))
             seen = heatmaps.detach()
             return loss, relevance_mass_accuracy(seen, on_grid), is_empty(seen)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Where a heatmap, an alignment or a method comes from: the name of our file, or the dotted path of anybody's.
+
+    Example:
+        >>> from evidence_ft.alignments import outside_mass
+        >>> name_of(outside_mass.loss), name_of(extract_features)
+        ('outside_mass', 'evidence_ft.training.extract_features')
+    """
+    kind = function if isinstance(function, FunctionType) else type(function)
+    family, _, file = kind.__module__.rpartition(".")
+    is_ours = family in ("evidence_ft.heatmaps", "evidence_ft.alignments")
+    return file if is_ours else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_annotated(masks: Tensor) -> Tensor:

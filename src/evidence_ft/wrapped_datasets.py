@@ -1,6 +1,7 @@
 """Data sets of other libraries as ours: Hugging Face `datasets`, and torchvision's or any map-style data set of torch.
 
-Neither library is imported: a data set is known by what it offers. Images are opened row by row; labels, and which
+Neither library is imported: a data set is known by what it offers. `datasets` is not installed with this package; who
+has such data sets has it (``pip install datasets``). Images are opened row by row; labels, and which
 rows have a mask, are read once when the data set is wrapped.
 
 This module knows nothing of models or training.
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from evidence_ft.images import DataError, MaskArray, _to_grey, _to_rgb
+from evidence_ft.images import DataError, MaskArray, to_grey, to_rgb
 from evidence_ft.samples import EvidenceDataset, Sample, nearest_name
 from evidence_ft.types import BACKGROUND, OBJECT, MaskSource
 
@@ -333,7 +334,7 @@ def read_image_value(image: Any, where: str) -> Image.Image:
         DataError: it is neither; floating-point pixels mean that a transform has been there.
     """
     if isinstance(image, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(image), Path(where))
+        return to_rgb(ImageOps.exif_transpose(image), Path(where))
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
         return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -362,7 +363,7 @@ def read_mask_value(mask: Any, reading: MaskReading, where: str) -> MaskArray:
                [1, 1]], dtype=uint8)
     """
     if isinstance(mask, Image.Image) and reading.object_values is None:
-        shares = _to_grey(ImageOps.exif_transpose(mask), Path(where))
+        shares = to_grey(ImageOps.exif_transpose(mask), Path(where))
         return _checked(shares >= reading.threshold, shares, where)
     pixels = np.asarray(ImageOps.exif_transpose(mask) if isinstance(mask, Image.Image) else mask)
     if pixels.ndim == 3 and len(pixels) == 1:
