@@ -25,7 +25,7 @@ from evidence_ft.backgrounds import BackgroundSwap
 from evidence_ft.classifier import FineTuning, Heatmap, Objective
 from evidence_ft.complaints import complaints, dotted
 from evidence_ft.config import ConfigError, component
-from evidence_ft.encoder import DualEncoder
+from evidence_ft.encoder import Encoder
 from evidence_ft.evaluation import evaluate
 from evidence_ft.files import named
 from evidence_ft.images import DataError
@@ -117,14 +117,14 @@ class EvidenceTrainer:
     Example:
         >>> from evidence_ft import EvidenceTrainer, EvidenceTrainingArguments  # doctest: +SKIP
         >>> args = EvidenceTrainingArguments(output_dir="tuned", learning_rate=1e-5, epochs=3)  # doctest: +SKIP
-        >>> trainer = EvidenceTrainer("ViT-B-16-quickgelu/openai", args, train, test)  # doctest: +SKIP
+        >>> trainer = EvidenceTrainer("ViT-B-16/openai", args, train, test)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.evaluate()["PT"]  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        model: str | DualEncoder | torch.nn.Module,
+        model: str | Encoder | torch.nn.Module,
         args: EvidenceTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -415,12 +415,12 @@ def _joined(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def _as_encoder(model: Any, architecture: str | None) -> DualEncoder:
-    if isinstance(model, DualEncoder):
+def _as_encoder(model: Any, architecture: str | None) -> Encoder:
+    if isinstance(model, Encoder):
         return model
     if isinstance(model, str):
         with explained("backbone open_clip"):
-            encoder: DualEncoder = component("backbones", "open_clip").load(model)
+            encoder: Encoder = component("backbones", "open_clip").load(model)
         return encoder
     if architecture is None:
         raise ConfigError(
