@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
@@ -294,12 +294,14 @@ def _trains(config: ExperimentConfig[Any, Any]) -> bool:
 
 
 def _check_model(config: ExperimentConfig[Any, Any], arms: Collection[Arm], class_names: Sequence[str]) -> None:
-    """Whether there is a model, and one without a text tower can do what the arms ask, before images are read."""
-    if not arms:
+    """Whether a model without a text tower can do what the arms ask, said before images are read.
+
+    Models with one can, as far as can be told without them: their weights are loaded when the images have been checked.
+    """
+    returned = get_type_hints(component("backbones", config.model.backbone).load).get("return")
+    if returned is not Encoder or not arms:
         return
     encoder = _load_encoder(config)
-    if isinstance(encoder, DualEncoder):
-        return  # what it can do depends on texts, and to encode them takes time
     for arm in arms:
         _prepare(arm, arm_config(config, arm), encoder, class_names)
 
