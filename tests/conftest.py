@@ -10,6 +10,8 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from evidence_ft.backbones.open_clip import OpenClipEncoder
 
+torch.set_num_threads(1)  # for models of this size a second thread costs more than it brings
+
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 MODELS = {
     # Sizes differ pairwise, so that a swapped axis cannot pass: 3 heads, 4 x 6 tokens, width 24, 10 features.
