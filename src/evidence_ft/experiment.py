@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -298,8 +298,7 @@ def _check_model(config: ExperimentConfig[Any, Any], arms: Collection[Arm], clas
 
     Models with one can, as far as can be told without them: their weights are loaded when the images have been checked.
     """
-    returned = get_type_hints(component("backbones", config.model.backbone).load).get("return")
-    if returned is not Encoder or not arms:
+    if getattr(component("backbones", config.model.backbone), "READS_TEXT", True) or not arms:
         return
     encoder = _load_encoder(config)
     for arm in arms:

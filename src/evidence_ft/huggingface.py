@@ -193,7 +193,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with _quiet():
             try:
-                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                return transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
             except ImportError:  # its own class reads another file, with a package that is not here
                 return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare ones
@@ -213,7 +215,9 @@ def load_image_processor(folder: Path) -> Any:
         raise CheckpointError(f"{folder} holds no {names[0]}, which says how images are prepared; copy it there")
     try:
         with _quiet():
-            return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(f"could not load the image processor in {folder}: {error}") from error
 

@@ -487,3 +487,20 @@ def test_nothing_is_said_while_a_model_is_loaded(backbone, folder, capfd):
 
 def test_fields_of_preprocessing_keep_their_old_defaults():
     assert Preprocessing((2, 2), (0.5,) * 3, (0.5,) * 3).crop_rounding == "even"
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("preprocessor_config.json", "AutoImageProcessor"), ("tokenizer_config.json", "AutoTokenizer")]
+)
+def test_code_that_comes_with_a_model_is_not_run(backbone, folder, file, kind):
+    marker = folder / "was-run"
+    (folder / "custom.py").write_text(f"open({str(marker)!r}, 'w')\nclass Custom: pass\n")
+    settings = json.loads((folder / file).read_text())
+    own = ["custom.Custom", "custom.Custom"] if kind == "AutoTokenizer" else "custom.Custom"
+    settings |= {"auto_map": {kind: own}, "image_processor_type": "Custom", "tokenizer_class": "Custom"}
+    (folder / file).write_text(json.dumps(settings))
+    try:
+        backbone.load(f"local-dir:{folder}")  # by transformers' own class where there is one
+    except CheckpointError as error:
+        assert "custom" in str(error)  # noqa: PT017
+    assert not marker.exists()

@@ -401,7 +401,7 @@ class AlbefEncoder(TokenizedEncoder):
         """The state of the two towers under the names of the authors' pre-training file, their temperature included."""
         state = dict(self.model.state_dict()) if self.adapter is None else self.adapter.merged()
         # In double precision, so that its logarithm comes back to the bit.
-        state["logit_scale"] = state["logit_scale"].double().neg().exp()
+        state["logit_scale"] = state["logit_scale"].detach().cpu().double().neg().exp()
         return {_published(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def save(self, directory: Path) -> None:

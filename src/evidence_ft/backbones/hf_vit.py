@@ -53,6 +53,10 @@ _NAMES: Mapping[Role, str] = {
 """What linear layers of a block are called."""
 
 
+READS_TEXT = False
+"""Told without loading weights, which takes time; backbones that do not say so have a text tower."""
+
+
 def load(checkpoint: str) -> Encoder:
     """Load a vision transformer with its classifier and check that it can be explained.
 

@@ -44,6 +44,10 @@ _RECORDED = (
 """What of timm's ``pretrained_cfg`` describes a model, wherever its weights came from."""
 
 
+READS_TEXT = False
+"""Told without loading weights, which takes time; backbones that do not say so have a text tower."""
+
+
 def load(checkpoint: str) -> Encoder:
     """Load a vision transformer and check that it can be explained.
 

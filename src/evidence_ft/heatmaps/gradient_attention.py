@@ -8,6 +8,7 @@ Per layer, ``Abar = mean over heads of relu(A * dS/dA)``; relevance starts as th
   for every image and would drown the rest.
 * a probe that pools by attention: its own ``Abar``, times ``R`` (the paper's eq. 10, for a query that carries nothing
   of the image itself).
+* several rows side by side (DINOv2's classifier reads the CLS token and the mean): the mean of their maps.
 
 Two things differ from the reference code, and neither changes a value: all gradients come from one call of autograd,
 and only one row is propagated, from the top down, as a vector.
