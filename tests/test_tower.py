@@ -238,6 +238,12 @@ class TestCheckTower:
         check_tower(encoder.image_tower, encoder.preprocessing.size)
         assert state_of(encoder) == before
 
+    def test_weights_that_are_no_numbers(self, encoder):
+        with torch.no_grad():
+            next(encoder.image_tower.parameters()).fill_(torch.nan)
+        with pytest.raises(UnsupportedTowerError, match="the weights hold NaN"):
+            check_tower(encoder.image_tower, encoder.preprocessing.size)
+
     def test_attention_off_the_path_is_inert(self, encoder):
         tower = self.tampered(encoder, lambda attention: attention.detach().clone().requires_grad_())
         with pytest.raises(UnsupportedTowerError, match="no gradient"):

@@ -76,7 +76,9 @@ class ModelConfig(_Section):
     backbone: str = Field("open_clip", description="file in evidence_ft/backbones, or a dotted module path")
     checkpoint: str = Field(
         "toy_clip",
-        description="toy_clip, hf-hub:<owner>/<name>, local-dir:<folder>, or <architecture>/<tag or file>",
+        description="hf-hub:<owner>/<name>, local-dir:<folder>; of open_clip also toy_clip and "
+        "<architecture>/<tag or file>, of timm_vit timm:<name>, of albef and hf_blip the authors' files, such as "
+        "ALBEF.pth@384",
     )
 
 

@@ -279,6 +279,11 @@ def check_tower(tower: ImageTower, image_size: tuple[int, int]) -> None:
     finally:
         tower.train(was_training)
     name = type(tower).__name__
+    if not plain.isfinite().all():
+        raise UnsupportedTowerError(
+            f"{name}: the features of a random image are not finite; the weights hold NaN or infinite values, so copy "
+            "or download them again"
+        )
     difference = ((trace.features - plain).abs().max() / plain.abs().max()).item()
     if not difference <= 1e-5:
         raise UnsupportedTowerError(
