@@ -784,6 +784,14 @@ class TestSignals:
             fit(make_step(), callbacks=[Stop(1)])
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
+    @pytest.fixture
+    def _heard(self):
+        """A process that a shell put into the background ignores Ctrl-C."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("_heard")
     def test_a_second_ctrl_c_stops_at_once(self):
         before = signal.getsignal(signal.SIGINT)
 
