@@ -4,11 +4,13 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evidence_ft.installation import offline_switch, one_line
@@ -254,3 +256,41 @@ def with_text(encoder: Encoder, needed_by: str) -> DualEncoder:
         f"{needed_by} needs a text tower, which backbone {encoder.backbone!r} ({encoder.checkpoint}) does not have; "
         f"choose method lp, lp_ft, ft, or lora with objective 'ft', each with head = {starts}"
     )
+
+
+def context_length(context: Tensor, names: int, width: int) -> int:
+    """How many tokens a context for a number of names has; see `DualEncoder.encode_with_context`.
+
+    Raises:
+        ValueError: neither ``(L, width)`` nor ``(names, L, width)``.
+    """
+    length = context.shape[-2] if context.ndim > 1 else 0
+    if context.shape not in ((length, width), (names, length, width)):
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}, expected (L, {width}) or "
+            f"({names}, L, {width}) for {names} names"
+        )
+    return length
+
+
+@contextmanager
+def context_in_place(embedding: nn.Embedding, start: int, context: Tensor) -> Iterator[None]:
+    """While open, embedded tokens ``(T, C, W)`` are those of a context, from the place ``start`` on."""
+
+    def put_context(_module: nn.Module, _args: object, embedded: Tensor) -> Tensor:
+        words = context.to(embedded).expand(len(embedded), -1, -1)
+        return torch.cat((embedded[:, :start], words, embedded[:, start + words.shape[1] :]), dim=1)
+
+    hook = embedding.register_forward_hook(put_context)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
+    temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
+    temporary.replace(path)

@@ -18,10 +18,17 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evidence_ft.encoder import CheckpointError, DualEncoder, Role, unreachable
+from evidence_ft.encoder import (
+    CheckpointError,
+    DualEncoder,
+    Role,
+    context_in_place,
+    context_length,
+    unreachable,
+    write_weights,
+)
 from evidence_ft.tower import ImageTower
 from evidence_ft.types import Preprocessing
 
@@ -300,12 +307,7 @@ class TokenizedEncoder(DualEncoder):
         return self.encode_tokens(*self._tokenize(texts))
 
     def encode_with_context(self, names: Sequence[str], context: Tensor) -> Tensor:
-        length = context.shape[-2] if context.ndim > 1 else 0
-        if context.shape not in ((length, self.text_width), (len(names), length, self.text_width)):
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, expected (L, {self.text_width}) or "
-                f"({len(names)}, L, {self.text_width}) for {len(names)} names"
-            )
+        length = context_length(context, len(names), self.text_width)
         prompts = [f"{_PLACEHOLDER} " * length + name for name in names]
         for name, ids in zip(names, self._ids(prompts), strict=True):
             if len(ids) > self.max_length:
@@ -314,16 +316,8 @@ class TokenizedEncoder(DualEncoder):
                     f"{name!r}{behind} is longer than the {self.max_length} tokens the text tower takes; shorten it"
                 )
         start = self._start()
-
-        def put_context(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
-            words = context.to(embedded).expand(len(names), -1, -1)
-            return torch.cat((embedded[:, :start], words, embedded[:, start + length :]), dim=1)
-
-        hook = self.token_embedding().register_forward_hook(put_context)
-        try:
+        with context_in_place(self.token_embedding(), start, context):
             return self.encode_tokens(*self._tokenize(prompts))
-        finally:
-            hook.remove()
 
     def embed_words(self, text: str) -> Tensor:
         (ids,), (blank,) = self._ids([text]), self._ids([""])
@@ -409,10 +403,7 @@ def save_transformers(
         for part in (config, tokenizer, image_processor):
             if part is not None:
                 part.save_pretrained(directory)
-    temporary = directory / f"{_WEIGHTS}.tmp"
-    save_file(dict(weights), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
-    temporary.replace(directory / _WEIGHTS)
+    write_weights(directory / _WEIGHTS, weights, metadata={"format": "pt"})
 
 
 @contextmanager

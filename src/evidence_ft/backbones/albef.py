@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName
+from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName, write_weights
 from evidence_ft.huggingface import TokenizedEncoder, from_state, load_tokenizer, read_config, snapshot
 from evidence_ft.salesforce import (
     HEAD_WIDTH,
@@ -409,7 +408,4 @@ class AlbefEncoder(TokenizedEncoder):
         self.tokenizer.save_pretrained(directory)
         config = {"model_type": "albef", **asdict(self.architecture)}
         (directory / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        temporary = directory / f"{_WEIGHTS}.tmp"
-        save_file(self.weights(), temporary)
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
-        temporary.replace(directory / _WEIGHTS)
+        write_weights(directory / _WEIGHTS, self.weights())

@@ -30,12 +30,20 @@ from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from evidence_ft.encoder import CheckpointError, DualEncoder, Role, TowerName, unreachable
+from evidence_ft.encoder import (
+    CheckpointError,
+    DualEncoder,
+    Role,
+    TowerName,
+    context_in_place,
+    context_length,
+    unreachable,
+    write_weights,
+)
 from evidence_ft.timm_tower import TimmTower, fuse_qkv, split_qkv, unfused
 from evidence_ft.tower import ImageTower, UnsupportedTowerError, check_tower, read_cls, read_mean
 from evidence_ft.types import Preprocessing, Readout
@@ -298,23 +306,10 @@ class OpenClipEncoder(DualEncoder):
         return features
 
     def encode_with_context(self, names: Sequence[str], context: Tensor) -> Tensor:
-        length = context.shape[-2] if context.ndim > 1 else 0
-        if context.shape not in ((length, self.text_width), (len(names), length, self.text_width)):
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, expected (L, {self.text_width}) or "
-                f"({len(names)}, L, {self.text_width}) for {len(names)} names"
-            )
+        length = context_length(context, len(names), self.text_width)
         tokens, start, _ = self._tokenize([_PLACEHOLDER + " "] * length, names)
-
-        def put_context(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
-            words = context.to(embedded).expand(len(names), -1, -1)
-            return torch.cat((embedded[:, :start], words, embedded[:, start + length :]), dim=1)
-
-        hook = self._token_embedding().register_forward_hook(put_context)
-        try:
+        with context_in_place(self._token_embedding(), start, context):
             features: Tensor = self.model.encode_text(tokens)
-        finally:
-            hook.remove()
         return features
 
     def embed_words(self, text: str) -> Tensor:
@@ -396,10 +391,7 @@ class OpenClipEncoder(DualEncoder):
             },
         }
         (directory / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        temporary = directory / f"{_WEIGHTS}.tmp"
-        save_file(self.weights(), temporary)
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
-        temporary.replace(directory / _WEIGHTS)
+        write_weights(directory / _WEIGHTS, self.weights())
 
 
 def _preprocessing(visual: Any) -> Preprocessing:

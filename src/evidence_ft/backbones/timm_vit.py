@@ -16,12 +16,12 @@ import timm
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from evidence_ft.encoder import CheckpointError, Encoder, OwnHead, Role, TowerName, unreachable
+from evidence_ft.encoder import CheckpointError, Encoder, OwnHead, Role, TowerName, unreachable, write_weights
 from evidence_ft.timm_tower import TimmTower
 from evidence_ft.tower import UnsupportedTowerError, check_tower
 from evidence_ft.types import Preprocessing
@@ -307,10 +307,7 @@ class TimmVitEncoder(Encoder):
             "pretrained_cfg": settings | {"num_classes": self.model.num_classes, "custom_load": False},
         }
         (directory / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        temporary = directory / f"{_WEIGHTS}.tmp"
-        save_file(self.weights(), temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
-        temporary.replace(directory / _WEIGHTS)
+        write_weights(directory / _WEIGHTS, self.weights(), metadata={"format": "pt"})
 
 
 def _preprocessing(model: Any) -> Preprocessing:
