@@ -32,7 +32,7 @@ def test_every_sample_is_sound_and_every_class_is_drawn():
     assert set(data.labels) == set(range(len(shapes.CLASS_NAMES)))
 
 
-def test_the_mask_is_one_object_whose_pixels_the_tag_does_not_touch():
+def test_the_mask_is_one_object_whose_pixels_the_tags_do_not_touch():
     for label in range(len(shapes.CLASS_NAMES)):
         plain = shapes.draw(np.random.default_rng(label), label, tag=None)
         tagged = shapes.draw(np.random.default_rng(label), label, tag=0)
@@ -41,13 +41,24 @@ def test_the_mask_is_one_object_whose_pixels_the_tag_does_not_touch():
         changed = (np.asarray(plain.image, int) != np.asarray(tagged.image, int)).any(axis=-1)
         assert changed.any()
         assert not (changed & (plain.mask == 1)).any()
-        rows, columns = np.nonzero(changed)
-        assert np.ptp(rows) < shapes._TAG
-        assert np.ptp(columns) < shapes._TAG
+        squares = ndimage.find_objects(ndimage.label(ndimage.binary_closing(changed))[0])
+        assert len(squares) == 2
+        assert all(side.stop - side.start <= shapes._TAG for square in squares for side in square)
+
+
+def test_two_tags_find_room_wherever_the_largest_object_is():
+    generator = np.random.default_rng(0)
+    radius = 20
+    for label, name in enumerate(shapes.CLASS_NAMES):
+        for x in (radius + 1, shapes.SIZE / 2, shapes.SIZE - radius - 1):
+            for y in (radius + 1, shapes.SIZE / 2, shapes.SIZE - radius - 1):
+                occupied = shapes._shape(name, np.array([x, y]), radius, generator.uniform(-0.3, 0.3)) > 0
+                (top, left), (other_top, other_left) = shapes._beside(generator, occupied)
+                assert max(abs(top - other_top), abs(left - other_left)) >= shapes._TAG + 2, label
 
 
 def tag_of(data, row):
-    """The class whose tag is in an image, found by looking for its colours."""
+    """The class whose tags are in an image, found by looking for its colours."""
     pixels = np.asarray(data[row].image, float)
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (shapes._TAG, shapes._TAG), axis=(0, 1))
     distances = [
@@ -57,7 +68,7 @@ def tag_of(data, row):
     return int(np.argmin(distances))
 
 
-def test_the_tag_names_the_class_in_train_and_test_and_is_drawn_at_random_in_shifted():
+def test_the_tags_name_the_class_in_train_and_test_and_are_drawn_at_random_in_shifted():
     agree = {
         split: np.mean([tag_of(data, row) == data.labels[row] for row in range(48)])
         for split in ("train", "test", "shifted")

@@ -1,12 +1,12 @@
 """Shapes: objects with exact masks on clutter, and a shortcut that gives the class away.
 
 What: eight shapes (circle, square, triangle, ...), one to an image of 64 x 64 pixels, in any colour, size, place and
-slight rotation, over a noisy gradient with strokes and specks. Beside the object lies a *tag*: a small square whose
-colour stands for a class.
+slight rotation, over a noisy gradient with strokes and specks. Beside the object lie two *tags*: small squares of one
+colour, which stands for a class.
 
-Splits: in ``train`` and ``test`` the tag names the image's class, so a model can be right by reading the tag. In
-``shifted`` the tag is drawn at random: only a model that looks at the object stays right. ``plain`` has no tags; what
-``toy_clip`` was pre-trained on.
+Splits: in ``train`` and ``test`` the tags name the image's class, so a model can be right by reading them. In
+``shifted`` their class is drawn at random: only a model that looks at the object stays right. ``plain`` has no tags;
+what ``toy_clip`` was pre-trained on.
 
 Evidence: the object's exact pixels (``mask_source`` "mask"). Generated from a seed, the same on every machine; nothing
 is downloaded or stored. Free of any licence.
@@ -31,6 +31,8 @@ SIZE = 64
 
 _OVERSAMPLING = 4
 _TAG = 13  # side of a tag in pixels
+_TAGS = 2  # in an image: two are learnt so fast that a learning rate which spares what the model knows is enough
+_CLEARANCE = 2  # pixels around a tag that belong to neither object nor another tag
 
 
 class Config(BaseModel):
@@ -121,9 +123,9 @@ class Drawing(NamedTuple):
 
 
 def draw(generator: np.random.Generator, label: int, tag: int | None) -> Drawing:
-    """One object on clutter, with the tag of class ``tag`` beside it, or without.
+    """One object on clutter, with the tags of class ``tag`` beside it, or without.
 
-    Every random draw is made whether or not there is a tag, so an image differs from its tagged twin by the tag alone.
+    Every random draw is made whether or not there are tags, so an image differs from its tagged twin by them alone.
     """
     canvas = _clutter(generator)
     radius = generator.uniform(14, 20)
@@ -136,10 +138,10 @@ def draw(generator: np.random.Generator, label: int, tag: int | None) -> Drawing
     # Anti-aliased: the edge blends, the mask is where the object has at least half of the pixel.
     alpha = mask[..., None]
     canvas = canvas * (1 - alpha) + fill * alpha
-    corner = _beside(generator, mask > 0)
+    places = _beside(generator, mask > 0)
     if tag is not None:
-        y, x = corner
-        canvas[y : y + _TAG, x : x + _TAG] = _tag(tag)
+        for y, x in places:
+            canvas[y : y + _TAG, x : x + _TAG] = _tag(tag)
     image = Image.fromarray(np.clip(canvas + generator.normal(0, 3, canvas.shape), 0, 255).astype(np.uint8))
     return Drawing(
         image, (mask >= 0.5).astype(np.uint8), float(hue), (float(centre[0] / SIZE), float(centre[1] / SIZE))
@@ -221,12 +223,17 @@ def _tag(label: int) -> NDArray[np.float64]:
     return patch
 
 
-def _beside(generator: np.random.Generator, occupied: NDArray[np.bool_]) -> tuple[int, int]:
-    """Top left of a place for a tag along the edge of the image, clear of the object by two pixels."""
+def _beside(generator: np.random.Generator, occupied: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Top left corners of places for the tags along the edge of the image, clear of the object and of each other."""
     last = SIZE - _TAG
-    places = [(y, x) for y in range(last + 1) for x in range(last + 1) if y in (0, last) or x in (0, last)]
-    for index in generator.permutation(len(places)):
-        y, x = places[index]
-        if not occupied[max(y - 2, 0) : y + _TAG + 2, max(x - 2, 0) : x + _TAG + 2].any():
-            return y, x
-    raise AssertionError("an object of at most 44 pixels leaves room along the edge of 64")
+    edge = [(y, x) for y in range(last + 1) for x in range(last + 1) if y in (0, last) or x in (0, last)]
+    taken, places = occupied.copy(), []
+    for index in generator.permutation(len(edge)):
+        y, x = edge[index]
+        around = np.s_[max(y - _CLEARANCE, 0) : y + _TAG + _CLEARANCE, max(x - _CLEARANCE, 0) : x + _TAG + _CLEARANCE]
+        if not taken[around].any():
+            taken[y : y + _TAG, x : x + _TAG] = True
+            places.append((y, x))
+            if len(places) == _TAGS:
+                return places
+    raise AssertionError("an object of at most 44 pixels leaves room for two tags along the edge of 64")
