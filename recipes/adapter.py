@@ -1,7 +1,7 @@
 """Adapters on frozen features, beside zero-shot: CLIP-Adapter, Tip-Adapter, Tip-Adapter-F.
 
     accelerate launch recipes/adapter.py                                                # the embedded default
-    accelerate launch recipes/adapter.py --config configs/white_blood_cells.yaml        # your images and masks
+    accelerate launch recipes/adapter.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/adapter.py --method.name tip_adapter                      # trains nothing
     accelerate launch recipes/adapter.py --method.name tip_adapter --method.fine-tune   # Tip-Adapter-F
     accelerate launch recipes/adapter.py --run.arms baseline evidence                   # and with the evidence loss

@@ -1,7 +1,7 @@
 """FLCP: fine-tune like CLIP pre-training, beside zero-shot.
 
     accelerate launch recipes/flcp.py                                           # the embedded default
-    accelerate launch recipes/flcp.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/flcp.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/flcp.py --method.text frozen                      # train the image tower alone
 
 With the evidence loss: recipes/flcp_evidence.py.

@@ -1,7 +1,7 @@
 """FLCP with evidence alignment, beside its baseline and zero-shot.
 
     accelerate launch recipes/flcp_evidence.py                                          # the embedded default
-    accelerate launch recipes/flcp_evidence.py --config configs/white_blood_cells.yaml  # your images and masks
+    accelerate launch recipes/flcp_evidence.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/flcp_evidence.py --run.arms baseline                      # one arm alone
     accelerate launch recipes/flcp_evidence.py --run.arms baseline evidence swap evidence_swap
     torchrun --nproc-per-node 2 recipes/flcp_evidence.py --run.device cpu              # two processes

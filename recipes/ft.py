@@ -1,7 +1,7 @@
 """Full fine-tuning of the image tower under a linear classifier, beside zero-shot.
 
     accelerate launch recipes/ft.py                                           # the embedded default
-    accelerate launch recipes/ft.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/ft.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/ft.py --method.name lp_ft                       # LP-FT: fit the classifier first
     accelerate launch recipes/ft.py --evaluation.interpolation 0.5            # WiSE-FT: half way back to zero-shot
 

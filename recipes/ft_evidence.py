@@ -1,7 +1,7 @@
 """Full fine-tuning with evidence alignment, beside its baseline and zero-shot.
 
     accelerate launch recipes/ft_evidence.py                                              # the embedded default
-    accelerate launch recipes/ft_evidence.py --config configs/white_blood_cells.yaml      # your images and masks
+    accelerate launch recipes/ft_evidence.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/ft_evidence.py --run.arms baseline evidence swap evidence_swap
     accelerate launch recipes/ft_evidence.py --evaluation.interpolation 0.5               # WiSE-FT: half way back
 

@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters in both towers, beside zero-shot.
 
     accelerate launch recipes/lora.py                                              # the embedded default
-    accelerate launch recipes/lora.py --config configs/white_blood_cells.yaml      # your images and masks
+    accelerate launch recipes/lora.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/lora.py --method.objective ft --method.lora.rank 4   # under a linear classifier
 
 With the evidence loss: recipes/lora_evidence.py.

@@ -1,7 +1,7 @@
 """LoRA with evidence alignment, beside its baseline and zero-shot.
 
     accelerate launch recipes/lora_evidence.py                                           # the embedded default
-    accelerate launch recipes/lora_evidence.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/lora_evidence.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/lora_evidence.py --method.objective ft                     # under a linear classifier
 
 Runs zero-shot, LoRA (evidence weight 0) and LoRA with the evidence loss from the same start and seed, evaluates each on

@@ -1,7 +1,7 @@
 """Linear probe: a linear classifier on frozen features, beside zero-shot.
 
     accelerate launch recipes/lp.py                                           # the embedded default
-    accelerate launch recipes/lp.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/lp.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/lp.py --method.head random                      # start from a random layer
 
 With the evidence loss: recipes/lp_evidence.py.

@@ -1,7 +1,7 @@
 """Linear probe with evidence alignment, beside its baseline and zero-shot.
 
     accelerate launch recipes/lp_evidence.py                                           # the embedded default
-    accelerate launch recipes/lp_evidence.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/lp_evidence.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/lp_evidence.py --run.arms baseline                       # one arm alone
 
 Runs zero-shot, the probe (evidence weight 0) and the probe with the evidence loss from the same start and seed,

@@ -1,7 +1,7 @@
 """CoOp: learn the words around the class names, beside zero-shot.
 
     accelerate launch recipes/prompt.py                                           # the embedded default
-    accelerate launch recipes/prompt.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/prompt.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/prompt.py --method.class-specific                   # a context for each class
     accelerate launch recipes/prompt.py --run.arms baseline evidence              # and with the evidence loss
 

@@ -1,7 +1,7 @@
 """Zero-shot: a pre-trained model with prompts, judged by what it predicts and by what it looks at.
 
     accelerate launch recipes/zero_shot.py                                           # the embedded default
-    accelerate launch recipes/zero_shot.py --config configs/white_blood_cells.yaml   # your images and masks
+    accelerate launch recipes/zero_shot.py --config configs/own_data.yaml --data.file my/labels.csv
     accelerate launch recipes/zero_shot.py --method.templates clip_7                 # seven prompts a class, averaged
 
 Nothing is trained. Writes runs/<run.name>/comparison.{html,md,json}.

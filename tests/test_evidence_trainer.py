@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from pydantic import ValidationError
 
@@ -21,6 +22,7 @@ from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.images import DataError
 from evidence_ft.methods import lp
 from evidence_ft.trainer import TrainerCallback
+from evidence_ft.training import TrainingError
 from tests.conftest import build_encoder
 from tests.in_memory import InMemory
 from tests.test_wrapped_datasets import table
@@ -180,6 +182,37 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     third = trainer(tmp_path / "halves", method="flcp", settings=settings)
     third.train(resume_from_checkpoint=str(tmp_path / "halves/out/checkpoints/step-00000002"))
     assert third.tuning.encoder.fingerprint() == whole.tuning.encoder.fingerprint()
+
+
+def other_objective(tuning):
+    return tuning.objective
+
+
+def backwards(epoch):
+    return list(reversed(range(IMAGES)))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"objective": other_objective}, "objective"),
+        ({"sampler": backwards}, "sampler"),
+        ({"settings": {"checkpoint_every": 2, "threshold": 0.9}}, "judged.threshold"),
+    ],
+)
+def test_a_training_that_another_would_continue_is_refused(tmp_path, options, key):
+    trainer(tmp_path, settings={"checkpoint_every": 2}).train()
+    with pytest.raises(RunFileError, match=key):
+        trainer(tmp_path, **{"settings": {"checkpoint_every": 2}, **options}).train(resume_from_checkpoint=True)
+
+
+def test_an_accelerator_of_ones_own_must_do_what_is_asked_for(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"report_to = 'tensorboard', but the accelerator .* logs with none"):
+        trainer(tmp_path, settings={"report_to": "tensorboard"}, accelerator=Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    with pytest.raises(TrainingError, match="fp16 underflows"):
+        trainer(tmp_path, accelerator=accelerator)
 
 
 def test_what_is_missing_or_of_another_training_is_not_resumed(tmp_path):

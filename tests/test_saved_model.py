@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -221,6 +222,40 @@ def test_what_a_killed_process_left_is_cleared_away(base, tmp_path):
         (tmp_path / left / "half").write_text("{")
     Tuned(base, "lp").save(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_process_killed_between_its_two_renames_has_not_lost_the_old_model(base, tmp_path, monkeypatch):
+    Tuned(base, "lp").save(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    tuned = Tuned(base, "flcp")
+    monkeypatch.setattr(tuned.tuning.encoder, "save", lambda folder: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        tuned.save(tmp_path / "model")
+    assert load_tuning(tmp_path / "model")[1].method["name"] == "lp"
+
+
+def test_where_the_new_model_cannot_take_its_place_the_old_one_stays(base, tmp_path, monkeypatch):
+    Tuned(base, "lp").save(tmp_path / "model")
+    replace = Path.replace
+
+    def no_space(path, target):
+        if path.suffix == ".new":
+            raise OSError("no space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", no_space)
+    with pytest.raises(OSError, match="no space"):
+        Tuned(base, "flcp").save(tmp_path / "model")
+    assert load_tuning(tmp_path / "model")[1].method["name"] == "lp"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["lp", "lora on flcp"])
+def test_anyone_may_read_it(base, tmp_path, kind):
+    Tuned(base, kind).save(tmp_path / "model")
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
 
 
 def own_prepare(encoder, class_names):

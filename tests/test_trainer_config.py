@@ -24,3 +24,8 @@ def test_a_step_of_all_processes_and_batches_must_be_filled(images, processes, a
     else:
         with pytest.raises(TrainingError, match=r"8 training images .* set training\.batch_size to at most 2"):
             config.check_fits(images, processes)
+
+
+def test_where_no_batch_is_small_enough_more_images_are_asked_for():
+    with pytest.raises(TrainingError, match=r"3 training images .* on 2 process\(es\); give more images"):
+        TrainerConfig(batch_size=4).check_fits(3, 2)

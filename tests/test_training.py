@@ -219,6 +219,13 @@ def test_features_of_a_training_set_come_in_the_order_of_its_rows():
         torch.testing.assert_close(features[row], encoder.image_tower(inputs[row].images[None])[0].detach())
 
 
+def test_an_alignment_that_gives_a_number_without_evidence_is_refused():
+    step = make_step(alignment=lambda heatmaps, masks: outside_mass.loss(heatmaps, masks).nan_to_num())
+    batch = make_batch(step, rows=[0, 2])
+    with pytest.raises(TrainingError, match="a number for an image without evidence in view"):
+        step(batch, weight=1.0)
+
+
 def test_an_alignment_that_gives_one_loss_for_all_images_is_refused():
     step = make_step(alignment=lambda heatmaps, masks: heatmaps.mean())
     with pytest.raises(TrainingError, match=r"returned a loss of shape \(\) for \d+ images"):

@@ -90,6 +90,11 @@ class TestBounds:
         ]
         assert values_after(weight, news) == pytest.approx([0.5, 0.0, 0.25, 0.75, 1.0, 1.0])
 
+    def test_a_smallest_weight_does_not_raise_it_above_its_start(self):
+        weight = EvidenceWeight(Weighting(kind="task_bound", target=1.0, smoothing=0, smallest=0.1), start=0.05)
+        weight.saw_step(task_loss=2.0, mean_rma=math.nan)
+        assert weight.state.value == 0.05
+
     def test_a_metric_below_its_bound_lowers_the_weight(self):
         weight = EvidenceWeight(Weighting(kind="metric_bound", target=0.8, rate=2.0, metric="RR"), start=1.0)
         weight.saw_evaluation({"RR": 0.7, "accuracy": 0.9})
@@ -125,5 +130,7 @@ def test_a_weight_with_another_ones_state_goes_the_same_way(kind):
 def test_a_weight_that_follows_something_needs_to_know_what():
     with pytest.raises(ValidationError, match="kind 'ratio' has no target"):
         Weighting(kind="ratio")
+    with pytest.raises(ValidationError, match=r"target 1\.5; an RMA is at most 1"):
+        Weighting(kind="rma_bound", target=1.5)
     with pytest.raises(ValidationError, match=r"smallest is 2\.0, above largest"):
         Weighting(smallest=2.0, largest=1.0)

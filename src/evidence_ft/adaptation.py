@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder, Role, TowerName
+from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder, Role, TowerName, write_weights
 from evidence_ft.installation import explained
 
 with explained("peft"):  # imports transformers, and that torchvision, which may not fit torch
@@ -117,7 +117,7 @@ def save_adapter(encoder: Encoder, directory: Path) -> None:
     config.inference_mode = True  # what PEFT writes: who loads a folder decides whether to train on
     config.save_pretrained(str(directory))
     state = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_state(encoder).items()}
-    save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
+    write_weights(directory / _WEIGHTS, state, metadata={"format": "pt"})
 
 
 def load_adapter(encoder: Encoder, directory: Path) -> None:

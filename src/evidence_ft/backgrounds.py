@@ -196,7 +196,7 @@ class BackgroundSwap:
 
     Painting out costs about as much as a few crops (1 ms for 64 x 64 pixels, 60 ms for 480 x 480 on one core), so
     painted-out backgrounds are kept, the most recently used first, as far as the bound on memory allows. Each process
-    that loads images keeps its own.
+    that loads images keeps its own, for an epoch where ``num_workers`` is not 0.
 
     Args:
         dataset: training images, which give and get backgrounds.

@@ -90,10 +90,18 @@ def write(directory: Path, step: int, state: Mapping[str, Any], tensors: Tensors
     (temporary / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _to_disk(path)
+    replaced = directory / f".{target.name}.old"
     if target.exists():
-        _remove(target)
-    temporary.rename(target)
+        target.rename(replaced)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     _to_disk(directory)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     for old in all_in(directory)[:-keep]:
         _remove(old)
     return target

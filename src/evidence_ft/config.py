@@ -48,7 +48,7 @@ class RunConfig(_Section):
 
     name: str = Field("quickstart", pattern=r"^\w[\w.-]*$", description="folder of the run")
     directory: Path = Field(Path("runs"), description="folder of all runs")
-    seed: int = Field(0, ge=0, description="of training: order of images, augmentation")
+    seed: int = Field(0, ge=0, description="of training: order of images, augmentation, heads, held-out images")
     arms: tuple[Arm, ...] = Field(
         ("zero_shot", "baseline", "evidence"),
         min_length=1,

@@ -35,7 +35,7 @@ from evidence_ft.outcomes import Outcomes, summarise
 from evidence_ft.samples import EvidenceDataset, OnBadSample, classes_without_images, validate
 from evidence_ft.saved_model import BaseModelRef, Prepare, save_model
 from evidence_ft.tower import check_tower, resolve_layers
-from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback
+from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback, check_precision
 from evidence_ft.trainer_config import TrainerConfig
 from evidence_ft.training import Alignment, EvidenceTerm, TrainingError, TrainingStep, extract_features, name_of
 from evidence_ft.transforms import ModelInputs, SampleTransform
@@ -53,7 +53,7 @@ class EvidenceTrainingArguments(TrainerConfig):
     """How `EvidenceTrainer` trains and judges: the settings of `TrainerConfig`, and these."""
 
     output_dir: Path = Field(Path("trained"), description="metrics.jsonl, checkpoints and models go here")
-    seed: int = Field(0, ge=0, description="of heads, order of images, augmentation")
+    seed: int = Field(0, ge=0, description="of training: order of images, augmentation, heads")
     evidence_weight: float = Field(1.0, ge=0, description="of the evidence loss; 0 for training without it")
     layers: tuple[int, ...] | Literal["all"] = Field(
         "all", description="blocks heatmaps are made from, in training and evaluation; negative ones count from the end"
@@ -141,6 +141,7 @@ class EvidenceTrainer:
     ) -> None:
         self.args = args or EvidenceTrainingArguments()
         self.accelerator = accelerator or _accelerator(self.args)
+        _check_accelerator(self.accelerator, self.args)
         self.heatmap: Heatmap = component("heatmaps", heatmap).heatmap if isinstance(heatmap, str) else heatmap
         self.alignment: Alignment = component("alignments", alignment).loss if isinstance(alignment, str) else alignment
         self.sampler = sampler
@@ -165,6 +166,7 @@ class EvidenceTrainer:
         except ValueError as error:
             raise ConfigError(f"method {self.method_config['name']!r}: {error}") from error
         self.tuning = tuning if objective is None else replace(tuning, objective=objective(tuning))
+        self._objective_name = None if objective is None else name_of(objective)
         self._heatmap_name = heatmap if isinstance(heatmap, str) else name_of(heatmap)
 
     @cached_property
@@ -206,7 +208,7 @@ class EvidenceTrainer:
                 *extract_features(self.tuning.encoder, self._inputs(dataset), self.accelerator, args.eval_batch_size)
             )
         if not self.tuning.trains:
-            return Fitted(steps=0, annotated=math.nan, first_probe=None, weight=0.0, best_step=None)
+            return Fitted(steps=0, annotated=math.nan, first_probe=None, weight=0.0, best_step=None, seconds=0.0)
         self._start_trackers()
         resume = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else resume_from_checkpoint
         if resume is True and self._began and not checkpoints.all_in(args.output_dir / "checkpoints"):
@@ -224,7 +226,13 @@ class EvidenceTrainer:
             ModelInputs(dataset, transform, args.seed, swap),
             seed=args.seed,
             resume=resume or False,
-            settings={"method": self.method_config, "base": self._start.sha256},
+            settings={
+                "method": self.method_config,
+                "base": self._start.sha256,
+                "objective": self._objective_name,
+                "sampler": None if self.sampler is None else name_of(self.sampler),
+                "judged": {"explain": args.explain, "threshold": args.threshold, "swap_seed": args.swap_seed},
+            },
             panel=self._inputs(next(iter(self.eval_datasets.values()), dataset)),
             evaluate=(lambda: _joined(self._judge(self.eval_datasets))) if self.eval_datasets else None,
             sampler=self.sampler,
@@ -392,12 +400,22 @@ class EvidenceTrainer:
 
 
 def _accelerator(args: EvidenceTrainingArguments) -> Accelerator:
-    accelerator = Accelerator(
-        cpu=args.device == "cpu", log_with=list(args.report_to) or None, project_dir=args.output_dir
-    )
-    if accelerator.mixed_precision == "fp16":
-        raise ConfigError("mixed precision fp16 underflows in heatmap gradients; launch with bf16 or no")
-    return accelerator
+    return Accelerator(cpu=args.device == "cpu", log_with=list(args.report_to) or None, project_dir=args.output_dir)
+
+
+def _check_accelerator(accelerator: Accelerator, args: EvidenceTrainingArguments) -> None:
+    """Whether one that was made elsewhere does what ``args`` ask for."""
+    check_precision(accelerator)
+    if args.device == "cpu" and accelerator.device.type != "cpu":
+        raise ConfigError(
+            f"args.device = 'cpu', but the accelerator that was given is on {accelerator.device}; leave one of them out"
+        )
+    logs_with = [str(getattr(each, "value", each)) for each in accelerator.log_with]
+    if missing := [name for name in args.report_to if name not in logs_with]:
+        raise ConfigError(
+            f"args.report_to = {named(args.report_to)}, but the accelerator that was given logs with "
+            f"{named(logs_with)}; make it with log_with={missing[0]!r} and a project_dir, or leave accelerator out"
+        )
 
 
 def _by_name(datasets: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Configuration to objects to run records: the only module that resolves names.
+"""Configuration to objects to run records.
 
 An experiment is some of five arms from one start and one seed: ``zero_shot`` (nothing is trained), ``baseline`` (the
 method with the evidence loss at weight 0), ``evidence`` (the same with its weight), ``swap`` (the baseline with
@@ -47,7 +47,7 @@ from evidence_ft.runs import (
 from evidence_ft.samples import EvidenceDataset, Subset, classes_without_images, fingerprint, validate
 from evidence_ft.saved_model import BaseModelRef, save_model
 from evidence_ft.tower import UnsupportedTowerError, resolve_layers
-from evidence_ft.trainer import Trainer
+from evidence_ft.trainer import Trainer, check_precision
 from evidence_ft.trainer_config import MAY_CHANGE
 from evidence_ft.training import EvidenceTerm, TrainingError, TrainingStep, extract_features
 from evidence_ft.transforms import ModelInputs, SampleTransform, to_pixels
@@ -269,8 +269,7 @@ def _accelerator(config: ExperimentConfig[Any, Any]) -> Accelerator:
         raise ConfigError(
             f"run.device = 'cuda', but accelerate was launched for {accelerator.device}; launch it without --cpu"
         )
-    if accelerator.mixed_precision == "fp16":
-        raise ConfigError("mixed precision fp16 underflows in heatmap gradients; launch with bf16 or no")
+    check_precision(accelerator)
     if accelerator.is_main_process:
         _log.info(
             "device %s, %d process(es), mixed precision %s",
@@ -568,6 +567,7 @@ def _train(
         accelerator.project_configuration.set_directories(directory)
         # A tracker's project is the run, and its run the arm.
         trackers.start(accelerator, config.run.name, config.model_dump(mode="json"), directory.name)
+    before = time.monotonic() - began
     fitted = Trainer(config.training, accelerator, directory).fit(
         TrainingStep(tuning, evidence),
         inputs,
@@ -584,7 +584,7 @@ def _train(
     probe = fitted.first_probe
     return {
         "steps": fitted.steps,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(before + fitted.seconds, 1),
         "images_with_evidence_in_view": fitted.annotated,
         "first_task_gradient_norm": probe and probe.task,
         "first_evidence_gradient_norm": probe and probe.evidence,

@@ -37,6 +37,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def without_nan(value: Any) -> Any:
+    """The same tree with None for NaN and infinities, which JSON does not have.
+
+    Example:
+        >>> without_nan({"PT": float("nan"), "n": [3]})
+        {'PT': None, 'n': [3]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value
+
+
 def to_json(value: Any) -> str:
     """Indented JSON with null for NaN and infinities, which JSON does not have.
 
@@ -47,7 +63,7 @@ def to_json(value: Any) -> str:
           "n": 3
         }
     """
-    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:
@@ -66,13 +82,3 @@ def named(values: Sequence[str] | Mapping[str, Any], shown: int = 5) -> str:
     values = list(values)
     listed = ", ".join(repr(value) for value in values[:shown])
     return (f"{listed} and {len(values) - shown} more" if len(values) > shown else listed) or "none"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value

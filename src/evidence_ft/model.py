@@ -62,7 +62,7 @@ def _of_the_hub(repo_id: str) -> Iterator[None]:
     """What goes wrong in an upload, as one error."""
     try:
         yield
-    except Exception as error:  # whatever the hub's client, its network library or the file system came up with
+    except Exception as error:  # whatever the hub's client or its network library came up with
         raise CheckpointError(
             f"the model could not be uploaded to {repo_id!r}: {type(error).__name__}: {error}. Log in with `hf auth "
             "login`, or give token=; without network, write it with save_pretrained and upload that folder later, with "
@@ -262,6 +262,9 @@ class EvidenceModel:
     ) -> str:
         """Upload the saved folder with a model card to the Hugging Face hub.
 
+        It takes the place of what is there: in an existing repository, files ending in .safetensors, .json, .txt and
+        .model that are not of this model are deleted by the same commit, since they would be loaded with it.
+
         Args:
             repo_id: ``<owner>/<name>``; made if it does not exist.
             private: whether others may not see it; None for the owner's default.
@@ -278,10 +281,11 @@ class EvidenceModel:
             CheckpointError: the hub could not be reached, or refused.
         """
         hub = huggingface_hub.HfApi(token=token)
-        with _of_the_hub(repo_id), TemporaryDirectory() as temporary:
-            repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder)
+            with _of_the_hub(repo_id):
+                repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             card = model_card(
                 title=repository.partition("/")[2],
                 repo_id=repository,
@@ -290,14 +294,14 @@ class EvidenceModel:
                 details=details or {},
             )
             write_atomically(folder / "README.md", card)
-            # What another model left in the repository would be loaded with this one.
-            commit = hub.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                delete_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
-            )
+            with _of_the_hub(repo_id):
+                commit = hub.upload_folder(
+                    repo_id=repository,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message,
+                    delete_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+                )
         return str(commit.commit_url)
 
     def _batches(self, images: Sequence[ImageInput], batch_size: int) -> Iterator[Tensor]:

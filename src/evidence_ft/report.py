@@ -18,7 +18,7 @@ import torch
 
 from evidence_ft.drawing import Drawing, Shown, behaviour, curves, gallery, percent
 from evidence_ft.evidence import VALID_FROM
-from evidence_ft.files import named, to_json, write_atomically
+from evidence_ft.files import RunFileError, named, to_json, write_atomically
 from evidence_ft.metrics import Interval, RatioStatistic, percentile_interval, replicate
 from evidence_ft.outcomes import Gallery, Outcomes, summarise
 from evidence_ft.runs import METRICS_FILE, RECORD_FILE, RunRecord, read_steps
@@ -125,7 +125,7 @@ def compare(directory: Path, arms: Sequence[str] | None = None) -> Comparison:
     """
     names = _finished(directory) if arms is None else list(arms)
     if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise ValueError(f"arms {named(twice)} are named more than once")
+        raise RunFileError(f"arms {named(twice)} are named more than once")
     read = [_read_arm(directory / name) for name in names]
     for arm in read[1:]:
         _check_judged_alike(read[0], arm)
@@ -304,7 +304,7 @@ def _finished(directory: Path) -> list[str]:
 def _read_arm(directory: Path) -> Arm:
     record = RunRecord.read(directory)
     if record.arm != directory.name:
-        raise ValueError(f"{directory / RECORD_FILE} is of arm {record.arm!r}, expected {directory.name!r}")
+        raise RunFileError(f"{directory / RECORD_FILE} is of arm {record.arm!r}, expected {directory.name!r}")
     outcomes = {split: record.read_outcomes(directory, split) for split in record.outcomes}
     metrics_file = directory / METRICS_FILE
     return Arm(
@@ -324,7 +324,7 @@ def _read_gallery(path: Path, outcomes: Outcomes) -> dict[str, Shown]:
     gallery = Gallery.read(path)
     rows = gallery.rows.tolist()
     if outside := [row for row in rows if not 0 <= row < outcomes.n]:
-        raise ValueError(f"gallery {path} shows row {outside[0]}, but the outcomes have {outcomes.n} rows")
+        raise RunFileError(f"gallery {path} shows row {outside[0]}, but the outcomes have {outcomes.n} rows")
     arrays = zip(gallery.images.numpy(), gallery.masks.numpy(), gallery.heatmaps.numpy(), strict=True)
     return {outcomes.sample_ids[row]: Shown(*shown) for row, shown in zip(rows, arrays, strict=True)}
 
@@ -340,9 +340,9 @@ def _check_judged_alike(first: Arm, other: Arm) -> None:
     keys = sorted(settings[0].keys() | settings[1].keys())
     if differing := [key for key in keys if settings[0].get(key) != settings[1].get(key)]:
         values = "; ".join(f"{key} is {settings[0].get(key)!r} and {settings[1].get(key)!r}" for key in differing)
-        raise ValueError(f"{pair}: they were judged differently: {values}; evaluate them with the same settings")
+        raise RunFileError(f"{pair}: they were judged differently: {values}; evaluate them with the same settings")
     if set(first.outcomes) != set(other.outcomes):
-        raise ValueError(f"{pair}: test splits are {named(first.outcomes)} and {named(other.outcomes)}")
+        raise RunFileError(f"{pair}: test splits are {named(first.outcomes)} and {named(other.outcomes)}")
     for split in first.outcomes:
         _check_same_images(f"{pair} on {split!r}", split, first, other)
 
@@ -350,11 +350,11 @@ def _check_judged_alike(first: Arm, other: Arm) -> None:
 def _check_same_images(pair: str, split: str, first: Arm, other: Arm) -> None:
     ours, theirs = first.outcomes[split], other.outcomes[split]
     if ours.class_names != theirs.class_names:
-        raise ValueError(f"{pair}: class names are {named(ours.class_names)} and {named(theirs.class_names)}")
+        raise RunFileError(f"{pair}: class names are {named(ours.class_names)} and {named(theirs.class_names)}")
     if set(ours.sample_ids) != set(theirs.sample_ids):
         only_ours = sorted(set(ours.sample_ids) - set(theirs.sample_ids))
         only_theirs = sorted(set(theirs.sample_ids) - set(ours.sample_ids))
-        raise ValueError(
+        raise RunFileError(
             f"{pair}: only {first.name!r} has {named(only_ours)}, only {other.name!r} has {named(only_theirs)}"
         )
     theirs = theirs.in_order_of(ours.sample_ids)
@@ -365,10 +365,10 @@ def _check_same_images(pair: str, split: str, first: Arm, other: Arm) -> None:
     }
     for what, agree in same.items():
         if differing := [s for s, ok in zip(ours.sample_ids, agree.tolist(), strict=True) if not ok]:
-            raise ValueError(f"{pair}: {what} differ for {named(differing)}")
+            raise RunFileError(f"{pair}: {what} differ for {named(differing)}")
     prints = [arm.record.data[split].fingerprint if split in arm.record.data else None for arm in (first, other)]
     if prints[0] != prints[1]:
-        raise ValueError(f"{pair}: fingerprints of the test data are {prints[0]!r} and {prints[1]!r}")
+        raise RunFileError(f"{pair}: fingerprints of the test data are {prints[0]!r} and {prints[1]!r}")
 
 
 def _aligned(arm: Arm, first: Arm) -> Arm:

@@ -353,7 +353,7 @@ def validate(
     if on_bad_sample == "error":
         raise DataError(
             f"{description}: {len(bad)} of {len(dataset)} samples cannot be used:\n{_bad_list(bad)}\nRepair "
-            "them, or leave them out with --data.on-bad-sample skip."
+            "them, or leave them out with --data.on-bad-sample skip (in code, on_bad_sample='skip')."
         )
     rows = [row for row, text in enumerate(found) if text is None]
     if not rows:

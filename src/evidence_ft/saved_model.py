@@ -21,14 +21,14 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from evidence_ft.adaptation import is_adapted, load_adapter, save_adapter
 from evidence_ft.classifier import FineTuning
 from evidence_ft.complaints import complaints, dotted
 from evidence_ft.config import ConfigError, component
-from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder
+from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder, write_weights
 from evidence_ft.files import named, to_json, write_atomically
 from evidence_ft.installation import explained
 from evidence_ft.tower import Layers
@@ -194,7 +194,7 @@ def save_model(
         elif stored == "adapter":
             save_adapter(encoder, folder)
         if head:
-            save_file(head, folder / HEAD_FILE)
+            write_weights(folder / HEAD_FILE, head)
         files = tuple(sorted(path.name for path in folder.iterdir()))
         complete = manifest.model_copy(update={"files": files})
         write_atomically(folder / MANIFEST_FILE, to_json(complete.model_dump(mode="json")))
@@ -249,17 +249,25 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
-    for left in (temporary, replaced):  # by a process that was killed while it wrote
-        shutil.rmtree(left, ignore_errors=True)
+    # Left by a process that was killed while it wrote; between its two renames, the old model is all there is.
+    shutil.rmtree(temporary, ignore_errors=True)
+    if replaced.exists() and not directory.exists():
+        replaced.replace(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if directory.exists():
             directory.replace(replaced)
-        temporary.replace(directory)
+        try:
+            temporary.replace(directory)
+        except OSError:
+            if replaced.exists():
+                replaced.replace(directory)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        for left in (temporary, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _foreign_files(directory: Path) -> list[str]:

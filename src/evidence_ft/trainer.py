@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from evidence_ft.checkpoints import Checkpoint, RandomState, ResumeError
 from evidence_ft.distributed import gather, laid_out_like, shard, unshard, unsharded, whole
 from evidence_ft.evaluation import choose_panel, explain_panel
 from evidence_ft.evidence import is_empty, mask_to_grid, relevance_mass_accuracy
-from evidence_ft.files import named
+from evidence_ft.files import named, without_nan
 from evidence_ft.interruption import Interrupted, noted_signals, outlive_one_signal
 from evidence_ft.outcomes import Gallery
 from evidence_ft.runs import METRICS_FILE
@@ -81,6 +82,7 @@ class Fitted(NamedTuple):
         first_probe: the liveness check; None at weight 0.
         weight: of the evidence loss at the end.
         best_step: of the evaluation whose weights were kept; None without early stopping.
+        seconds: of training, those before an interruption included.
     """
 
     steps: int
@@ -88,6 +90,7 @@ class Fitted(NamedTuple):
     first_probe: GradientProbe | None
     weight: float
     best_step: int | None
+    seconds: float
 
 
 class Trainer:
@@ -159,6 +162,16 @@ class Trainer:
             self.accelerator.free_memory()
 
 
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse fp16.
+
+    Raises:
+        TrainingError: it was launched with fp16.
+    """
+    if accelerator.mixed_precision == "fp16":
+        raise TrainingError("mixed precision fp16 underflows in heatmap gradients; launch with bf16 or no")
+
+
 def shuffled(images: int, seed: int) -> Sampler:
     """All rows in random order, anew in each epoch.
 
@@ -191,6 +204,7 @@ class _Progress:
     stopped: bool = False
     recent_task_losses: list[float] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class _Measured(NamedTuple):
@@ -239,10 +253,13 @@ class _Run:
         self.trained = {name: value for name, value in step.named_parameters() if value.requires_grad}
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
         self.best: dict[str, Tensor] = {}
+        self.saved: Path | None = None
+        self.clock = time.monotonic()
 
     def check(self) -> None:
         """Everything that can be known to be wrong before anything is done."""
         config = self.config
+        check_precision(self.accelerator)
         if self.accelerator.gradient_accumulation_steps != 1:
             raise TrainingError(
                 f"accelerate was launched with {self.accelerator.gradient_accumulation_steps} gradient accumulation "
@@ -351,9 +368,10 @@ class _Run:
         unshard(self.step)
         self.wrapped.eval()
         progress = self.progress
+        self._note_time()
         first = None if progress.first_probe is None else GradientProbe(*progress.first_probe)
         share = progress.annotated / progress.seen
-        return Fitted(progress.number, share, first, self.weight.state.value, progress.best_step)
+        return Fitted(progress.number, share, first, self.weight.state.value, progress.best_step, progress.seconds)
 
     # The loop
 
@@ -377,7 +395,7 @@ class _Run:
                         if progress.stopped:
                             break
         if self._anyone(asked_to_stop()):  # while the last loaders ended
-            raise Interrupted(progress.number, self.save())
+            raise Interrupted(progress.number, self.saved)
 
     def _anyone(self, asked_to_stop: bool) -> bool:
         return bool(gather(torch.tensor([asked_to_stop], device=self.accelerator.device)).any())
@@ -704,13 +722,14 @@ class _Run:
         """Step by step: what led to a failure is what one wants to read."""
         if self.directory is not None and self.accelerator.is_main_process:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
         self.accelerator.log(dict(record), step=int(record["step"]))
 
     def save(self) -> Path | None:
         """Write a checkpoint of everything that decides the steps to come; None without a directory."""
         if self.directory is None:
             return None
+        self._note_time()
         randomness = gather_object([RandomState.capture(self.accelerator.device).to_json()])
         groups = {
             "model": self._model_state(),
@@ -734,9 +753,15 @@ class _Run:
             }
             checkpoints.write(self.checkpoints, self.progress.number, state, tensors, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+        self.saved = path
         for callback in self.callbacks:
             callback.on_save(self.progress.number, path)
         return path
+
+    def _note_time(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         path, state, tensors = checkpoint.path, checkpoint.state, checkpoint.tensors

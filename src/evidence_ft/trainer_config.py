@@ -79,9 +79,11 @@ class TrainerConfig(BaseModel):
         shares = processes * self.gradient_accumulation
         if images < self.batch_size * shares:
             accumulated = f" times {self.gradient_accumulation} accumulated" if self.gradient_accumulation > 1 else ""
+            most = images // shares
+            advice = f"set training.batch_size to at most {most}" if most > 1 else "give more images"
             raise TrainingError(
                 f"{images} training images are fewer than one batch: training.batch_size is {self.batch_size}"
-                f"{accumulated} on {processes} process(es); set training.batch_size to at most {images // shares}"
+                f"{accumulated} on {processes} process(es); {advice}"
             )
 
 

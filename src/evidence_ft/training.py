@@ -30,7 +30,7 @@ Alignment = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what to try."""
+    """Training cannot go on; the message says why and what to try, and of a step that failed which one it was."""
 
 
 class InertEvidenceError(TrainingError):
@@ -120,7 +120,13 @@ class TrainingStep(nn.Module):
                     f"({len(masks)},): one loss an image, NaN where its mask is empty"
                 )
             # NaN means "not annotated". On an annotated image it is a fault, which must not pass for that.
-            faulty = has_evidence(on_grid) & per_image.isnan()
+            annotated = has_evidence(on_grid)
+            faulty = annotated & per_image.isnan()
+            if not (annotated | per_image.isnan()).all():
+                raise TrainingError(
+                    "the alignment returned a number for an image without evidence in view, which would thin out the "
+                    "mean over the others; return NaN where a mask is empty (evidence_ft.evidence.has_evidence)"
+                )
             loss = mean_over_defined(torch.where(faulty, torch.inf, per_image))
             seen = heatmaps.detach()
             return loss, relevance_mass_accuracy(seen, on_grid), is_empty(seen)

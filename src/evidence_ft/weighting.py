@@ -39,6 +39,8 @@ class Weighting(BaseModel):
     def _is_complete(self) -> Self:
         if self.kind != "fixed" and self.target is None:
             raise ValueError(f"kind {self.kind!r} has no target; give the ratio or bound that is to be held")
+        if self.kind == "rma_bound" and self.target is not None and self.target > 1:
+            raise ValueError(f"kind 'rma_bound' has target {self.target}; an RMA is at most 1")
         if self.smallest > self.largest:
             raise ValueError(f"smallest is {self.smallest}, above largest, which is {self.largest}")
         return self
@@ -133,4 +135,4 @@ class EvidenceWeight:
         largest = self.config.largest
         if self.config.kind in ("task_bound", "metric_bound"):
             largest = min(largest, self.start)
-        return max(min(value, largest), self.config.smallest)
+        return min(max(value, self.config.smallest), largest)

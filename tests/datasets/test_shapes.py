@@ -90,6 +90,13 @@ def test_load_reads_sizes_and_seed_from_the_config():
     assert len(shapes.load(config, "train")) == 16
     assert len(shapes.load(config, "shifted")) == 8
     assert fingerprint(shapes.load(config, "test")) == fingerprint(shapes.Shapes("test", 8, seed=3))
+    assert fingerprint(shapes.load(config, "test")) != fingerprint(shapes.Shapes("test", 8, seed=4))
+
+
+def test_as_many_training_images_as_asked_for_whatever_they_are_called():
+    config = shapes.Config(train_split="plain", test_splits=("train",), train_images=16, test_images=8)
+    assert len(shapes.load(config, "plain")) == 16
+    assert len(shapes.load(config, "train")) == 8
 
 
 def test_an_unknown_split_is_refused():

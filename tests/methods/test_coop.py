@@ -86,6 +86,7 @@ def test_a_context_that_does_not_fit_is_refused_before_training(native_encoder):
     [
         ({"templates": ["a {}", "the {}"]}, "give one template"),
         ({"templates": "{} in the wild"}, "no words before {}"),
+        ({"context_length": 4}, "context_length is 4, but a context from text is as long as its text"),
     ],
 )
 def test_a_start_that_is_none_is_refused(setting, complaint):

@@ -44,7 +44,7 @@ class Config(BaseModel):
     train_split: str = Field("train", description="split that is trained on")
     test_splits: tuple[str, ...] = Field(("test", "shifted"), min_length=1, description="splits that are evaluated")
     train_images: int = Field(4000, gt=0, description="images to train on")
-    test_images: int = Field(500, gt=0, description="images of each other split")
+    test_images: int = Field(500, gt=0, description="images of each split that is evaluated")
     seed: int = Field(0, ge=0, description="seed of the images, apart from the run's own")
     on_bad_sample: Literal["error", "skip"] = Field("error", description="generated images are never bad")
 
@@ -68,7 +68,7 @@ def load(config: Config, split: str) -> "Shapes":
     """
     if split not in SPLITS:
         raise DataError(f"shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
-    return Shapes(split, config.train_images if split == "train" else config.test_images, config.seed)
+    return Shapes(split, config.train_images if split == config.train_split else config.test_images, config.seed)
 
 
 class Shapes:
@@ -79,7 +79,7 @@ class Shapes:
     def __init__(self, split: str, images: int, seed: int = 0) -> None:
         self.split = split
         self.seed = seed
-        self.sample_ids = [f"{split}-{row:06d}" for row in range(images)]
+        self.sample_ids = [f"{split}-{seed}-{row:06d}" for row in range(images)]
         self.labels = [row % len(CLASS_NAMES) for row in range(images)]
         self.mask_sources: list[MaskSource] = ["mask"] * images
         self._drawn: dict[int, Sample] = {}

@@ -1,9 +1,9 @@
 """FLCP: fine-tune like CLIP pre-training, images against the captions of their classes.
 
 Goyal et al. 2023 (FLYP, arXiv 2212.00638), as compared by Wang et al. (AAAI 2025, arXiv 2412.13333). Both towers and
-the logit scale are trained; the paper's code keeps the temperature fixed for CLIP. Features are gathered over
-processes, so the contrastive batch is the global one. With several templates each image draws one of them at each
-step.
+the logit scale are trained as by Goyal et al.; the code of Wang et al. keeps CLIP's temperature fixed. Features are
+gathered over processes, so the contrastive batch is the global one. With several templates each image draws one of
+them at each step.
 
 Same-class images of a batch share their caption. With one caption per class the published pair targets (each caption
 belongs to one image) and class targets (to all images of its class) are the same loss; with several they differ. So
