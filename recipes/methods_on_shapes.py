@@ -247,6 +247,11 @@ def collect(runs: Path, methods: Sequence[str]) -> list[Finished]:
                 for split in record.outcomes:
                     outcomes = record.read_outcomes(directory, split)
                     first = next(iter(splits.get(split, {}).values()), outcomes)
+                    if set(outcomes.sample_ids) != set(first.sample_ids):
+                        raise SystemExit(
+                            f"error: {directory} was judged on other images of {split} than the seeds before it, and "
+                            "there is no mean of both; run all seeds on the same data, or choose other --runs"
+                        )
                     splits.setdefault(split, {})[seed] = outcomes.in_order_of(first.sample_ids)
             found.append(Finished(method, arm, {seed: record for seed, (_, record) in records.items()}, splits))
     return found
@@ -437,6 +442,8 @@ def command_line(command: Command) -> str:
 
 
 def main(command: Command) -> None:
+    if command.workers < 1:
+        raise SystemExit(f"error: workers is {command.workers}; give at least 1")
     known = list(read(command.config).get("methods", {}))
     if unknown := [method for method in command.methods if method not in known]:
         raise SystemExit(f"error: {command.config} has no methods {', '.join(unknown)}; there are {', '.join(known)}")

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,15 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     path = write(tmp_path, 5, scale=2.0)
     assert checkpoints.read(path).tensors["model"]["w"][0, 1] == 2.0
     assert names_in(tmp_path) == ["step-00000005"]
+
+
+def test_a_copy_of_a_checkpoint_is_nobodys_business(tmp_path):
+    write(tmp_path, 1)
+    for name in ("step-00000001-backup", "step-mine"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    write(tmp_path, 2, keep=1)
+    checkpoints.remove_after(tmp_path, 1)
+    assert names_in(tmp_path) == ["step-00000001-backup", "step-mine"]
 
 
 def test_where_there_is_none_there_is_no_latest(tmp_path):

@@ -7,6 +7,7 @@ from evidence_ft.backgrounds import SwappedBackgrounds
 from evidence_ft.classifier import Classifier
 from evidence_ft.datasets import shapes
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
+from evidence_ft.evidence import HeatmapError
 from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.samples import Subset
 from evidence_ft.transforms import ModelInputs, SampleTransform
@@ -126,3 +127,14 @@ def test_a_panel_takes_classes_in_turn_and_shows_the_map_that_is_judged(classifi
 
 def _on_grid(masks):
     return masks.float().reshape(-1, 4, 8, 6, 8).mean(dim=(2, 4))
+
+
+def test_what_is_no_heatmap_is_named_before_it_is_a_result(classifier):
+    def signed(trace, score, *, create_graph):
+        return -torch.ones(len(trace.features), *trace.grid)
+
+    inputs = inputs_of(Noise(3))
+    with pytest.raises(HeatmapError, match="the heatmap returned values down to -1"):
+        evaluate(classifier, inputs, signed, accelerator=Accelerator(cpu=True))
+    with pytest.raises(HeatmapError, match="the heatmap returned values down to -1"):
+        explain_panel(classifier, inputs, signed, [0, 1])

@@ -2,7 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evidence_ft.evidence import has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
+from evidence_ft.evidence import (
+    HeatmapError,
+    checked_heatmaps,
+    has_evidence,
+    is_empty,
+    mask_to_grid,
+    relevance_mass_accuracy,
+)
 from tests import by_definition
 
 
@@ -81,3 +88,22 @@ def test_only_the_objects_value_counts_as_evidence():
 def test_a_grid_that_does_not_divide_the_mask_is_refused():
     with pytest.raises(ValueError, match=r"a 7x7 token grid does not divide masks of \(224, 220\) pixels"):
         mask_to_grid(torch.zeros(1, 224, 220), (7, 7))
+
+
+@pytest.mark.parametrize(
+    ("heatmaps", "message"),
+    [
+        (torch.ones(2, 1, 3, 4), r"shape \(2, 1, 3, 4\); expected a tensor of shape \(2, 3, 4\)"),
+        (torch.ones(1, 3, 4), r"shape \(1, 3, 4\); expected"),
+        (None, "type NoneType; expected a tensor"),
+        (torch.full((2, 3, 4), -0.5), r"values down to -0\.5; expected none below 0"),
+    ],
+)
+def test_what_is_no_heatmap_is_refused(heatmaps, message):
+    with pytest.raises(HeatmapError, match=message):
+        checked_heatmaps(heatmaps, images=2, grid=(3, 4))
+
+
+def test_what_may_be_a_heatmap_passes_as_it_is():
+    heatmaps = torch.tensor([[[0.0, 1.0]], [[torch.nan, 1.0]]])
+    assert checked_heatmaps(heatmaps, images=2, grid=(1, 2)) is heatmaps

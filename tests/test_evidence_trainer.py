@@ -184,6 +184,21 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     assert third.tuning.encoder.fingerprint() == whole.tuning.encoder.fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"method": 3}, "method: found int, expected a name, a module or a function"),
+        ({"alignment": 3}, "alignment: found int, expected a function or a name"),
+        ({"sampler": [1, 2]}, "sampler: found list, expected a function"),
+        ({"callbacks": print}, "callbacks: found builtin_function_or_method, expected a list of objects"),
+        ({"callbacks": [TrainerCallback]}, "callbacks: found type, expected"),
+    ],
+)
+def test_a_part_of_the_wrong_kind_is_named(tmp_path, part, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, **part)
+
+
 def other_objective(tuning):
     return tuning.objective
 

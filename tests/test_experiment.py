@@ -15,6 +15,7 @@ from evidence_ft.backbones import timm_vit
 from evidence_ft.config import ConfigError, parse
 from evidence_ft.datasets import shapes
 from evidence_ft.experiment import arm_config, arm_state, hold_out, main, run, run_arms
+from evidence_ft.files import RunFileError
 from evidence_ft.images import DataError
 from evidence_ft.interruption import Interrupted
 from evidence_ft.model import EvidenceModel
@@ -419,8 +420,17 @@ class TestBadInput:
 
     def test_a_mask_of_another_size(self, tmp_path):
         Image.fromarray(np.full((8, 16), 255, np.uint8)).save(tmp_path / "small.png")
-        with pytest.raises(DataError, match=r"small\.png.*16 x 8.*16 x 16"):
+        with pytest.raises(DataError, match=r"4: found a mask of 16x8 pixels.* expected 16x16"):
             run(self.manifest(tmp_path, [*self.GOOD, "4,a.png,small.png,cat,test"]))
+
+    def test_a_run_folder_that_cannot_be_written_to(self, tmp_path):
+        (tmp_path / "runs").write_text("")
+        with pytest.raises(RunFileError, match=r"runs/.* cannot be written to"):
+            run(small(tmp_path / "runs"))
+
+    def test_arms_that_the_method_does_not_have(self, tmp_path):
+        with pytest.raises(ConfigError, match="nothing was run, because method zero_shot trains nothing"):
+            run(small(tmp_path, method={"name": "zero_shot"}, run={"arms": ["evidence"]}))
 
     def test_a_mask_without_foreground(self, tmp_path):
         Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "empty.png")

@@ -93,8 +93,11 @@ def test_heatmaps_are_those_of_the_tower(model, tmp_path):
     found = model.explain(images, [0, "dog", 1, "cat", 1], batch_size=2)
     assert (found.shape, found.dtype) == ((5, 4, 6), torch.float32)
     torch.testing.assert_close(found, expected.detach())
-    predicted = model.predict(paths).labels.tolist()
-    torch.testing.assert_close(model.explain(paths), model.explain(images, predicted))
+    predicted = model.predict(paths).labels
+    for labels in (predicted, predicted.numpy(), predicted.tolist()):
+        torch.testing.assert_close(model.explain(paths), model.explain(images, labels))
+    for label in ("dog", 1):
+        torch.testing.assert_close(model.explain(images[1], label), found[1:2])
     assert not torch.allclose(model.explain(images, layers="all"), model.explain(images))
 
 

@@ -171,6 +171,15 @@ class TestMethodsOnShapes:
         assert row[5] == "\N{EN DASH}"
         assert row[7].startswith("+0.0 ± 0.0 [+0.0, +0.0]")  # the same outcomes: the same draws leave no interval
 
+    def test_seeds_that_saw_other_images_have_no_mean(self, recipe, runs):
+        self.write(runs, 1, "evidence", {**EVIDENCE, "ids": [f"other{row}" for row in range(6)]}, 1.0)
+        with pytest.raises(SystemExit, match=r"seed1/evidence was judged on other images of test"):
+            recipe.collect(runs, ["lp"])
+
+    def test_no_workers_are_refused(self, recipe, runs):
+        with pytest.raises(SystemExit, match="workers is 0; give at least 1"):
+            recipe.main(recipe.Command(runs=runs, workers=0))
+
     def test_settings_that_differ_between_seeds_are_pointed_out(self, recipe, runs):
         assert recipe.warnings(recipe.collect(runs, ["lp"])) == []
         self.write(runs, 1, "evidence", EVIDENCE, 1.0, learning_rate=9.0)

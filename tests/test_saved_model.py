@@ -294,3 +294,10 @@ def test_saving_into_a_folder_keeps_what_others_put_beside_the_model(tmp_path, b
     assert notes.read_text() == "mine"
     notes.unlink()
     assert (Tuned(base, "lp").save(folder) / "head.safetensors").is_file()
+
+
+def test_a_manifest_that_is_no_text_is_damaged(base, tmp_path):
+    folder = Tuned(base, "lp").save(tmp_path / "model")
+    (folder / "evidence_ft.json").write_bytes((folder / "evidence_ft.json").read_text().encode("utf-16"))
+    with pytest.raises(CheckpointError, match=r"evidence_ft\.json is damaged"):
+        load_tuning(folder)

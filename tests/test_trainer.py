@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from evidence_ft import checkpoints
 from evidence_ft.alignments import outside_mass
 from evidence_ft.checkpoints import ResumeError
+from evidence_ft.evidence import relevance_mass_accuracy
 from evidence_ft.files import RunFileError
 from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.interruption import Interrupted
@@ -438,6 +439,29 @@ def test_every_step_is_logged_and_the_first_with_its_gradient_ratio(tmp_path):
     assert records[0]["evidence_to_task_gradient_ratio"] == pytest.approx(fitted.first_probe.ratio)
     expected = {"task_loss", "evidence_loss", "total_loss", "learning_rate", "gradient_norm", "evidence_weight"}
     assert expected | {"rma", "empty_heatmaps"} <= set(records[0])
+
+
+def test_where_nothing_is_resumed_from_is_named_whatever_else_is_there(tmp_path):
+    fit(make_step(), tmp_path)
+    with pytest.raises(RunFileError, match=r"there is no checkpoint .*nowhere"):
+        fit(make_step(), tmp_path, resume=tmp_path / "nowhere")
+
+
+def test_a_directory_that_is_none_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFileError, match=r"file cannot be written to: .*; choose another folder"):
+        fit(make_step(), tmp_path / "file")
+
+
+def test_a_loss_that_never_pulled_is_told(caplog):
+    def met(heatmaps, masks):
+        return 0 * relevance_mass_accuracy(heatmaps, masks)
+
+    fit(make_step(alignment=met))
+    assert "had no gradient at any step" in caplog.text
+    caplog.clear()
+    fit(make_step())
+    assert "had no gradient" not in caplog.text
 
 
 def test_images_without_evidence_in_view_are_counted():

@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 
 from evidence_ft.alignments import outside_mass
-from evidence_ft.evidence import mask_to_grid, relevance_mass_accuracy
+from evidence_ft.evidence import HeatmapError, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.heatmaps import gradient_attention
 from evidence_ft.training import InertEvidenceError, TrainingError, extract_features, probe_gradients
 from tests.conftest import build_encoder
@@ -217,6 +217,37 @@ def test_features_of_a_training_set_come_in_the_order_of_its_rows():
     assert not features.requires_grad
     for row in range(7):
         torch.testing.assert_close(features[row], encoder.image_tower(inputs[row].images[None])[0].detach())
+
+
+@pytest.mark.parametrize("change", [torch.neg, lambda heatmaps: heatmaps[:, None], lambda heatmaps: None])
+def test_a_function_that_gives_no_heatmaps_is_refused_and_named(change):
+    def own(trace, score, *, create_graph):
+        return change(gradient_attention.heatmap(trace, score, create_graph=create_graph))
+
+    step = make_step(heatmap=own)
+    with pytest.raises(HeatmapError, match=r"^the heatmap returned"):
+        step(make_batch(step))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda features, labels: (features.sum(dim=1), None), r"a loss of shape \(6,\), not \(\)"),
+        (lambda features, labels: (1.0, None), "a loss of type float"),
+        (lambda features, labels: (features.sum(), features), "a score of type Tensor, not a function of features"),
+    ],
+)
+def test_an_objective_that_gives_no_loss_or_no_score_is_refused_and_named(objective, message):
+    step = make_step()
+    step.objective = objective
+    with pytest.raises(TrainingError, match=message):
+        step(make_batch(step))
+
+
+def test_an_alignment_that_gives_no_tensor_is_refused():
+    step = make_step(alignment=lambda heatmaps, masks: None)
+    with pytest.raises(TrainingError, match="a loss of type NoneType for 6 images"):
+        step(make_batch(step))
 
 
 def test_an_alignment_that_gives_a_number_without_evidence_is_refused():

@@ -130,6 +130,8 @@ def test_a_weight_with_another_ones_state_goes_the_same_way(kind):
 def test_a_weight_that_follows_something_needs_to_know_what():
     with pytest.raises(ValidationError, match="kind 'ratio' has no target"):
         Weighting(kind="ratio")
+    with pytest.raises(ValidationError, match=r"target is 0\.5, but a fixed weight follows none"):
+        Weighting(target=0.5)
     with pytest.raises(ValidationError, match=r"target 1\.5; an RMA is at most 1"):
         Weighting(kind="rma_bound", target=1.5)
     with pytest.raises(ValidationError, match=r"smallest is 2\.0, above largest"):

@@ -110,6 +110,12 @@ def test_names_as_labels_become_classes_in_alphabetical_order_or_as_told():
     assert (told.class_names, told.labels) == (("yes", "no"), (0, 1, 0))
 
 
+def test_names_as_labels_must_be_among_the_classes_that_the_data_set_declares():
+    assert from_torchvision(Items(["yes", "yes"])).labels == (1, 1)
+    with pytest.raises(DataError, match="found labels 'zz' in the targets, expected one of 'no', 'yes'"):
+        from_torchvision(Items(["zz", "zz"]))
+
+
 def test_rows_are_named_by_their_number_or_by_a_column():
     assert from_huggingface(table()).sample_ids == ("0", "1", "2")
     assert from_huggingface(table(file=["a", "b", "c"]), sample_id="file").sample_ids == ("a", "b", "c")

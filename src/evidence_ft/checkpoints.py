@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +110,9 @@ def write(directory: Path, step: int, state: Mapping[str, Any], tensors: Tensors
 
 def all_in(directory: Path) -> list[Path]:
     """The checkpoints of a training, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    return sorted(
+        path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
+    )
 
 
 def read(path: Path) -> Checkpoint:

@@ -312,7 +312,7 @@ def _parse_command_line(
 
     command, rest = tyro.cli(Command, args=arguments, description=description, return_unknown_args=True)
     if rest:
-        raise ConfigError(f"command line: {_superfluous(rest[0], arguments)}")
+        raise ConfigError(f"command line: {_superfluous(rest[0], arguments, kind)}")
     chosen = asdict(command.experiment)
     for section in _left_out(defaults):
         if not _mentions(arguments, section):
@@ -532,17 +532,22 @@ def _complaint(setting: FieldInfo, key: str, values: Sequence[str]) -> str | Non
             checked.validate_python(candidate)
         except ValidationError as error:
             found = complaints(error, key_of=lambda _: key)[0]
-            complaint = complaint or (found if values else found.replace(f"{key} = []", f"{key} has no value"))
+            if complaint is None or complaint.endswith("expected a list"):  # then what is wrong with its entries
+                complaint = found if values else found.replace(f"{key} = []", f"{key} has no value")
         else:
             return None
     return complaint
 
 
-def _superfluous(word: str, arguments: Sequence[str]) -> str:
-    for flag, _, values in _flags(arguments):
+def _superfluous(word: str, arguments: Sequence[str], kind: type[BaseModel]) -> str:
+    for flag, key, values in _flags(arguments):
         if word in values:
             section, _, name = flag.rpartition(".")
-            return f"{word!r} after {flag} is one value too many; a switch takes none: {flag} or {section}.no-{name}"
+            setting = _setting(kind, key)
+            takes = "it takes one"
+            if setting is not None and setting.annotation is bool:
+                takes = f"a switch takes none: {flag} or {section}.no-{name}"
+            return f"{word!r} after {flag} is one value too many; {takes}"
     return f"{word!r} is no flag; write --evidence.weight 0"
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from evidence_ft.backgrounds import SwappedBackgrounds
 from evidence_ft.classifier import Classifier, Heatmap
-from evidence_ft.evidence import mask_to_grid, relevance_mass_accuracy
+from evidence_ft.evidence import checked_heatmaps, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.outcomes import Outcomes
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import ModelInputs, collate
@@ -67,7 +67,8 @@ def evaluate(
             probabilities = classifier.head(trace.features).softmax(dim=-1)
             confidence, prediction = probabilities.max(dim=-1)
             explained = batch.labels if explain == "label" else prediction
-            heatmaps = heatmap(trace, classifier.score_of(explained), create_graph=False)
+            found = heatmap(trace, classifier.score_of(explained), create_graph=False)
+            heatmaps = checked_heatmaps(found, len(batch.labels), trace.grid)
             masks = mask_to_grid(batch.masks, trace.grid)
             uniform = torch.ones_like(heatmaps)
             return _PerImage(
@@ -175,7 +176,8 @@ def explain_panel(
     batch = collate([inputs[row] for row in rows])
     trace = classifier.tower.trace(batch.images.to(device), layers)
     explained = batch.labels.to(device) if explain == "label" else classifier.head(trace.features).argmax(dim=-1)
-    heatmaps = heatmap(trace, classifier.score_of(explained), create_graph=False)
+    found = heatmap(trace, classifier.score_of(explained), create_graph=False)
+    heatmaps = checked_heatmaps(found, len(rows), trace.grid)
     return Panel(batch.rows, batch.images, batch.masks, heatmaps.float().cpu())
 
 

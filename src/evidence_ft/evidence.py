@@ -21,6 +21,10 @@ VALID_FROM = 0.5
 """Evidence is valid from this RMA on, 0.5 itself included (Wang et al., AAAI 2025, arXiv 2412.13333)."""
 
 
+class HeatmapError(ValueError):
+    """A heatmap function returned something that is no heatmap; the message says what, and what was expected."""
+
+
 def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """Share of each token's area that is evidence.
 
@@ -84,6 +88,41 @@ def relevance_mass_accuracy(heatmaps: Tensor, masks: Tensor) -> Tensor:
     inside = reduce(scaled * masks, "b h w -> b", "sum")
     rma = inside / torch.where(total > 0, total, 1.0)
     return torch.where(has_evidence(masks), rma, torch.nan)
+
+
+def checked_heatmaps(heatmaps: object, images: int, grid: tuple[int, int]) -> Tensor:
+    """What a heatmap function returned, if it can be one: anybody may have written it.
+
+    NaN passes: on an image without evidence it does no harm, and on others it is met where the loss or the rate is.
+
+    Args:
+        heatmaps: what was returned.
+        images: how many were explained.
+        grid: token grid ``(h, w)``.
+
+    Returns:
+        ``(images, h, w)``, non-negative.
+
+    Raises:
+        HeatmapError: no tensor, another shape, or negative values.
+
+    Example:
+        >>> checked_heatmaps(torch.tensor([[[1.0, -1.0]]]), images=1, grid=(1, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        evidence_ft.evidence.HeatmapError: the heatmap returned values down to -1; expected none below 0: take what ...
+    """
+    expected = (images, *grid)
+    if not isinstance(heatmaps, Tensor) or tuple(heatmaps.shape) != expected:
+        found = f"shape {tuple(heatmaps.shape)}" if isinstance(heatmaps, Tensor) else f"type {type(heatmaps).__name__}"
+        raise HeatmapError(
+            f"the heatmap returned {found}; expected a tensor of shape {expected}: one map an image, on the token grid"
+        )
+    if (heatmaps < 0).any():
+        raise HeatmapError(
+            f"the heatmap returned values down to {heatmaps.min().item():g}; expected none below 0: take what is "
+            "positive, or absolute values"
+        )
+    return heatmaps
 
 
 def has_evidence(masks: Tensor) -> Tensor:

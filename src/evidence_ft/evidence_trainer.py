@@ -142,6 +142,7 @@ class EvidenceTrainer:
         self.args = args or EvidenceTrainingArguments()
         self.accelerator = accelerator or _accelerator(self.args)
         _check_accelerator(self.accelerator, self.args)
+        _check_parts(method, heatmap, alignment, objective, sampler, callbacks)
         self.heatmap: Heatmap = component("heatmaps", heatmap).heatmap if isinstance(heatmap, str) else heatmap
         self.alignment: Alignment = component("alignments", alignment).loss if isinstance(alignment, str) else alignment
         self.sampler = sampler
@@ -415,6 +416,27 @@ def _check_accelerator(accelerator: Accelerator, args: EvidenceTrainingArguments
         raise ConfigError(
             f"args.report_to = {named(args.report_to)}, but the accelerator that was given logs with "
             f"{named(logs_with)}; make it with log_with={missing[0]!r} and a project_dir, or leave accelerator out"
+        )
+
+
+def _check_parts(
+    method: object, heatmap: object, alignment: object, objective: object, sampler: object, callbacks: object
+) -> None:
+    """Whether what may be anybody's is at least of the right kind."""
+    parts = {"heatmap": heatmap, "alignment": alignment, "objective": objective, "sampler": sampler}
+    for name, part in parts.items():
+        may_be = {"heatmap": str, "alignment": str}.get(name, type(None))
+        if not isinstance(part, may_be) and not callable(part):
+            raise ConfigError(
+                f"{name}: found {type(part).__name__}, expected a function{' or a name' * (may_be is str)}"
+            )
+    if not isinstance(method, str | ModuleType) and not callable(method):
+        raise ConfigError(f"method: found {type(method).__name__}, expected a name, a module or a function")
+    given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    if wrong := [each for each in given if not isinstance(each, TrainerCallback)]:
+        raise ConfigError(
+            f"callbacks: found {type(wrong[0]).__name__}, expected a list of objects of classes derived from "
+            "evidence_ft.trainer.TrainerCallback"
         )
 
 

@@ -28,7 +28,8 @@ from evidence_ft.classifier import Classifier, FineTuning
 from evidence_ft.config import Arm, ConfigError, ExperimentConfig, component, parse, parse_command_line
 from evidence_ft.encoder import CheckpointError, DualEncoder, Encoder
 from evidence_ft.evaluation import choose_panel, evaluate, explain_panel
-from evidence_ft.files import RunFileError, named
+from evidence_ft.evidence import HeatmapError
+from evidence_ft.files import RunFileError, check_can_be_made, make_writable, named
 from evidence_ft.images import DataError
 from evidence_ft.installation import InstallationError, explained
 from evidence_ft.interruption import Interrupted
@@ -67,6 +68,7 @@ MENDABLE = (
     CheckpointError,
     ConfigError,
     DataError,
+    HeatmapError,
     InstallationError,
     RunFileError,
     TrainingError,
@@ -139,6 +141,11 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
     directory = run_arms(config)
     if directory is not None:
         comparison = write_comparison(directory)
+        if not comparison.arms:
+            raise ConfigError(
+                f"run.arms = {named(config.run.arms)}: nothing was run, because method {config.method.name} trains "
+                "nothing; choose zero_shot or baseline, or another method"
+            )
         sys.stdout.write(f"\n{format_table(comparison)}\n")
     return directory
 
@@ -163,6 +170,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     accelerator = _accelerator(config)
     directory = config.run.directory / config.run.name
+    check_can_be_made(directory)
     arms = _arms_to_run(config, directory, accelerator)
     datasets = _load_datasets(config)
     _check_model(config, arms, next(iter(datasets.values())).class_names)
@@ -171,6 +179,8 @@ def _run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
         config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     _warn_of_unseen_classes(config, splits, accelerator)
     _check_others(config, arms, splits, directory)
+    if accelerator.is_main_process:
+        make_writable(directory)
     try:
         for arm, resume in arms.items():
             _run_arm(arm, config, splits, directory / arm, accelerator, resume=resume)

@@ -37,6 +37,33 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_writable(directory: Path) -> None:
+    """Make a folder that can be written to.
+
+    Raises:
+        RunFileError: it cannot be made, or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        trial = directory / f".{os.getpid()}.tmp"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise RunFileError(f"{directory} cannot be written to: {error}; choose another folder") from error
+
+
+def check_can_be_made(directory: Path) -> None:
+    """What `make_writable` would stumble on, as far as can be told without making anything.
+
+    Raises:
+        RunFileError: a file is in the way, or the folder it would be made in cannot be written to.
+    """
+    nearest = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        found = "may not be written to" if nearest.is_dir() else "is a file"
+        raise RunFileError(f"{directory} cannot be written to: {nearest} {found}; choose another folder")
+
+
 def without_nan(value: Any) -> Any:
     """The same tree with None for NaN and infinities, which JSON does not have.
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import huggingface_hub
+import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
@@ -18,6 +19,7 @@ from torch import Tensor
 from evidence_ft.classifier import FineTuning, Heatmap
 from evidence_ft.config import component
 from evidence_ft.encoder import CheckpointError
+from evidence_ft.evidence import checked_heatmaps
 from evidence_ft.files import named, write_atomically
 from evidence_ft.images import DataError, read_image
 from evidence_ft.model_card import model_card
@@ -188,7 +190,7 @@ class EvidenceModel:
     def explain(
         self,
         images: ImageInput | Sequence[ImageInput],
-        labels: Sequence[int | str] | None = None,
+        labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         layers: Layers | None = None,
         heatmap: Heatmap | None = None,
@@ -198,7 +200,8 @@ class EvidenceModel:
 
         Args:
             images: one or many, PIL images or paths.
-            labels: the class to explain for each image, as number or name; None for the predicted ones.
+            labels: the class to explain for each image, as number or name, such as `Predictions.labels`; None for the
+                predicted ones.
             layers: blocks the map is made from; by default those the model was explained by when it was tuned.
             heatmap: another map than the one the model was explained by.
             batch_size: images at a time.
@@ -207,7 +210,7 @@ class EvidenceModel:
             ``(n, h, w)`` float32 on the token grid, non-negative, any scale.
 
         Raises:
-            ValueError: a class that the model does not know, or not one for each image.
+            ValueError: a class that the model does not know, not one for each image, or no heatmap from ``heatmap``.
         """
         images = _listed(images)
         chosen = None if labels is None else self._rows_of(labels, len(images))
@@ -219,7 +222,8 @@ class EvidenceModel:
                 explained = self.classifier.head(trace.features).argmax(dim=-1)
             else:
                 explained = chosen[number * batch_size :][: len(pixels)].to(pixels.device)
-            maps.append(heatmap(trace, self.classifier.score_of(explained), create_graph=False).float().cpu())
+            found = heatmap(trace, self.classifier.score_of(explained), create_graph=False)
+            maps.append(checked_heatmaps(found, len(pixels), trace.grid).float().cpu())
         return torch.cat(maps)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -313,10 +317,13 @@ class EvidenceModel:
             samples = [_as_sample(image, start + row) for row, image in enumerate(images[start : start + batch_size])]
             yield torch.stack([transform(sample)[0] for sample in samples]).to(device)
 
-    def _rows_of(self, labels: Sequence[int | str], images: int) -> Tensor:
+    def _rows_of(self, labels: int | str | Sequence[int | str] | Tensor, images: int) -> Tensor:
+        if isinstance(labels, int | str):
+            labels = [labels]
         if len(labels) != images:
             raise ValueError(f"found {len(labels)} labels for {images} images; give one for each")
-        rows = [self.class_names.index(label) if label in self.class_names else label for label in labels]
+        values = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
+        rows = [self.class_names.index(value) if value in self.class_names else value for value in values]
         for row in rows:
             if not isinstance(row, int) or not 0 <= row < len(self.class_names):
                 raise ValueError(f"no class {row!r}; the model knows {named(self.class_names, 10)}, numbered from 0")

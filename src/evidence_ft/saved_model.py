@@ -123,6 +123,8 @@ class Manifest(_Record):
         path = directory / MANIFEST_FILE
         try:
             text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
         except OSError as error:
             raise CheckpointError(
                 f"{directory} holds no {MANIFEST_FILE}; expected a folder written by save_model; a plain encoder is "

@@ -31,7 +31,7 @@ from evidence_ft.checkpoints import Checkpoint, RandomState, ResumeError
 from evidence_ft.distributed import gather, laid_out_like, shard, unshard, unsharded, whole
 from evidence_ft.evaluation import choose_panel, explain_panel
 from evidence_ft.evidence import is_empty, mask_to_grid, relevance_mass_accuracy
-from evidence_ft.files import named, without_nan
+from evidence_ft.files import make_writable, named, without_nan
 from evidence_ft.interruption import Interrupted, noted_signals, outlive_one_signal
 from evidence_ft.outcomes import Gallery
 from evidence_ft.runs import METRICS_FILE
@@ -319,6 +319,7 @@ class _Run:
                 raise TrainingError("there is nothing to resume from: the trainer has no directory")
             return
         self.settings = self._settings(settings)
+        checkpoint = checkpoints.read(resume) if isinstance(resume, Path) else None
         found = checkpoints.all_in(self.checkpoints) if self.checkpoints.is_dir() else []
         goes_on_here = resume is True or (
             isinstance(resume, Path) and resume.resolve().parent == self.checkpoints.resolve()
@@ -327,10 +328,7 @@ class _Run:
             raise ResumeError(
                 f"{self.directory} holds an earlier training; resume it, or choose another directory for a new one"
             )
-        checkpoint = None
-        if isinstance(resume, Path):
-            checkpoint = checkpoints.read(resume)
-        elif resume:
+        if resume is True:
             checkpoint = checkpoints.read_latest(self.checkpoints)
         if checkpoint is not None:
             checkpoints.check_settings(checkpoint.path, checkpoint.state["settings"], self.settings)
@@ -339,7 +337,7 @@ class _Run:
             self._check_that_it_is_ours()
         self.accelerator.wait_for_everyone()  # all have read before the first one writes
         if self.accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_writable(self.directory)
             self._continue_metrics(checkpoint)
             checkpoints.begin(self.checkpoints, self.settings)
             checkpoints.remove_after(self.checkpoints, self.progress.number)
@@ -369,6 +367,16 @@ class _Run:
         self.wrapped.eval()
         progress = self.progress
         self._note_time()
+        if (
+            self.weight.start
+            and progress.annotated
+            and progress.first_probe is None
+            and self.accelerator.is_main_process
+        ):
+            _log.warning(
+                "the evidence loss had no gradient at any step: as it stands, there is nothing to align. Look whether "
+                "masks cover whole images, or are inverted"
+            )
         first = None if progress.first_probe is None else GradientProbe(*progress.first_probe)
         share = progress.annotated / progress.seen
         return Fitted(progress.number, share, first, self.weight.state.value, progress.best_step, progress.seconds)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from evidence_ft.classifier import FineTuning, Heatmap
 from evidence_ft.distributed import inner_gradient, mean_over_defined, mean_over_processes
 from evidence_ft.encoder import Encoder
-from evidence_ft.evidence import has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
+from evidence_ft.evidence import checked_heatmaps, has_evidence, is_empty, mask_to_grid, relevance_mass_accuracy
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import ModelInputs, collate
 from evidence_ft.types import OBJECT, Batch, Losses, ScoreFn, VisionTrace
@@ -89,34 +89,47 @@ class TrainingStep(nn.Module):
         weight = self.evidence.weight if weight is None else weight
         tower = self.encoder.image_tower
         if not explain:
-            task, _ = self.objective(tower(batch.images), batch.labels)
+            task, _ = self._task(tower(batch.images), batch.labels)
             undefined, nothing = task.new_full((), torch.nan), task.new_empty(0)
             return Losses(task, task, undefined, nothing, nothing.bool())
         if explain_at_most is None or explain_at_most >= len(batch.images):
             trace = tower.trace(batch.images, self.evidence.layers)
-            task, score = self.objective(trace.features, batch.labels)
+            task, score = self._task(trace.features, batch.labels)
             masks = batch.masks
         else:
             chosen, others = _annotated_first(batch.masks).tensor_split([explain_at_most])
             trace = tower.trace(batch.images[chosen], self.evidence.layers)
             parts = torch.cat([trace.features, tower(batch.images[others])])
             features = parts[torch.cat([chosen, others]).argsort()]
-            task, score_of_all = self.objective(features, batch.labels)
+            task, score_of_all = self._task(features, batch.labels)
             score, masks = _restricted(score_of_all, features, chosen), batch.masks[chosen]
         evidence, rma, empty = self._evidence(trace, score, masks, weight)
         return Losses(task + weight * evidence if weight else task, task, evidence, rma, empty)
+
+    def _task(self, features: Tensor, labels: Tensor) -> tuple[Tensor, ScoreFn]:
+        """What the objective returns, which may be anybody's."""
+        task, score = self.objective(features, labels)
+        if not isinstance(task, Tensor) or task.ndim:
+            raise TrainingError(f"the objective returned a loss of {_kind_of(task)}, not (): one number for the batch")
+        if not callable(score):
+            raise TrainingError(
+                f"the objective returned a score of type {type(score).__name__}, not a function of features (B, F) to "
+                "one number an image (B,)"
+            )
+        return task, score
 
     def _evidence(self, trace: VisionTrace, score: ScoreFn, masks: Tensor, weight: float) -> tuple[Tensor, ...]:
         """The alignment loss ``()`` over the annotated images of all processes; RMA and emptiness ``(b,)``."""
         # Evidence is computed in float32 whatever the precision of the rest.
         with torch.autocast(masks.device.type, enabled=False):
             with inner_gradient(self):
-                heatmaps = self.evidence.heatmap(trace, score, create_graph=weight > 0)
+                found = self.evidence.heatmap(trace, score, create_graph=weight > 0)
+            heatmaps = checked_heatmaps(found, len(masks), trace.grid)
             on_grid = mask_to_grid(masks, trace.grid)
             per_image = self.evidence.alignment(heatmaps, on_grid)
-            if per_image.shape != (len(masks),):
+            if not isinstance(per_image, Tensor) or per_image.shape != (len(masks),):
                 raise TrainingError(
-                    f"the alignment returned a loss of shape {tuple(per_image.shape)} for {len(masks)} images, not "
+                    f"the alignment returned a loss of {_kind_of(per_image)} for {len(masks)} images, not "
                     f"({len(masks)},): one loss an image, NaN where its mask is empty"
                 )
             # NaN means "not annotated". On an annotated image it is a fault, which must not pass for that.
@@ -144,6 +157,10 @@ def name_of(function: Callable[..., Any]) -> str:
     family, _, file = kind.__module__.rpartition(".")
     is_ours = family in ("evidence_ft.heatmaps", "evidence_ft.alignments")
     return file if is_ours else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _kind_of(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
 
 
 def is_annotated(masks: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ class Weighting(BaseModel):
     def _is_complete(self) -> Self:
         if self.kind != "fixed" and self.target is None:
             raise ValueError(f"kind {self.kind!r} has no target; give the ratio or bound that is to be held")
+        if self.kind == "fixed" and self.target is not None:
+            raise ValueError(
+                f"target is {self.target}, but a fixed weight follows none; choose a kind, or leave it out"
+            )
         if self.kind == "rma_bound" and self.target is not None and self.target > 1:
             raise ValueError(f"kind 'rma_bound' has target {self.target}; an RMA is at most 1")
         if self.smallest > self.largest:

@@ -242,19 +242,19 @@ def _labels(
     values: Sequence[Any], declared: Sequence[Any] | None, class_names: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], list[int]]:
     """Class names, and each row's place among them."""
+    chosen = class_names if class_names is not None else declared
     if all(isinstance(value, str) for value in values):
-        names = tuple(sorted(set(values)) if class_names is None else class_names)
+        names = tuple(sorted(set(values))) if chosen is None else _first_names(chosen)
         if unknown := sorted(set(values) - set(names)):
             raise DataError(
-                f"found labels {_listed(unknown)} in {where}, expected one of class_names: {_listed(names)}"
+                f"found labels {_listed(unknown)} in {where}, expected one of {_listed(names)}; give class_names if "
+                "the classes are others"
             )
         place = {name: label for label, name in enumerate(names)}
         return names, [place[value] for value in values]
-    chosen = class_names if class_names is not None else declared
     if chosen is None:
         raise DataError(f"found numbers without names in {where}; give class_names in the order of the labels")
-    # ImageNet's classes are tuples of synonyms.
-    names = tuple(name if isinstance(name, str) else name[0] for name in chosen)
+    names = _first_names(chosen)
     numbers = []
     for row, value in enumerate(values):
         number = value.item() if isinstance(value, Tensor | np.generic) else value
@@ -265,6 +265,11 @@ def _labels(
             )
         numbers.append(int(number))
     return names, numbers
+
+
+def _first_names(names: Sequence[Any]) -> tuple[str, ...]:
+    """ImageNet's classes are tuples of synonyms."""
+    return tuple(name if isinstance(name, str) else name[0] for name in names)
 
 
 def _declared_names(dataset: Any) -> Sequence[Any] | None:
