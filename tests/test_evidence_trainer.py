@@ -222,8 +222,9 @@ def test_a_training_that_another_would_continue_is_refused(tmp_path, options, ke
 
 
 def test_an_accelerator_of_ones_own_must_do_what_is_asked_for(tmp_path, monkeypatch):
+    args = arguments(tmp_path).model_copy(update={"report_to": ("tensorboard",)})  # which need not be installed
     with pytest.raises(ConfigError, match=r"report_to = 'tensorboard', but the accelerator .* logs with none"):
-        trainer(tmp_path, settings={"report_to": "tensorboard"}, accelerator=Accelerator(cpu=True))
+        EvidenceTrainer(build_encoder("native"), args, data(), accelerator=Accelerator(cpu=True))
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
     with pytest.raises(TrainingError, match="fp16 underflows"):

@@ -105,7 +105,8 @@ class TestBounds:
 
 @pytest.mark.parametrize("kind", ["fixed", "ratio", "rma_bound", "task_bound", "metric_bound"])
 def test_a_baseline_stays_one(kind):
-    weight = EvidenceWeight(Weighting(kind=kind, target=0.5, smallest=0.1), start=0.0)
+    target = None if kind == "fixed" else 0.5
+    weight = EvidenceWeight(Weighting(kind=kind, target=target, smallest=0.1), start=0.0)
     weight.saw_probe(0.01)
     weight.saw_step(task_loss=0.1, mean_rma=0.1)
     weight.saw_evaluation({"accuracy": 0.9})
