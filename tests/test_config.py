@@ -198,7 +198,10 @@ def test_help_names_flags_with_their_meaning(capsys):
         (["--evaluation.explain", "lable"], "evaluation.explain = 'lable': expected 'label' or 'prediction'"),
         (["--training.augmentation", "None"], "is a section; set its keys, such as --training.augmentation.crop-scale"),
         (["--training.augmentation.flip", "no"], "one value too many; a switch takes none: --training.augmentation.f"),
-        (["--evidence.weight", "1", "2"], "'2' after --evidence.weight is one value too many; it takes one"),
+        (
+            ["--run.seed", "2", "--evidence.weight", "1", "2"],
+            "'2' after --evidence.weight is one value too many; it takes one",
+        ),
         (
             ["--run.arms", "foo"],
             "run.arms = 'foo': expected 'zero_shot', 'baseline', 'evidence', 'swap' or 'e",

@@ -104,6 +104,14 @@ def test_what_is_no_heatmap_is_refused(heatmaps, message):
         checked_heatmaps(heatmaps, images=2, grid=(3, 4))
 
 
-def test_what_may_be_a_heatmap_passes_as_it_is():
-    heatmaps = torch.tensor([[[0.0, 1.0]], [[torch.nan, 1.0]]])
+def test_a_heatmap_passes_as_it_is():
+    heatmaps = torch.tensor([[[0.0, 1.0]], [[3.0, 1.0]]])
     assert checked_heatmaps(heatmaps, images=2, grid=(1, 2)) is heatmaps
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_unless_they_are_met_elsewhere(value):
+    heatmaps = torch.tensor([[[value, 1.0]]])
+    with pytest.raises(HeatmapError, match="NaN or infinite values; look whether it divides by zero"):
+        checked_heatmaps(heatmaps, images=1, grid=(1, 2))
+    assert checked_heatmaps(heatmaps, images=1, grid=(1, 2), finite=False) is heatmaps

@@ -211,14 +211,23 @@ def backwards(epoch):
     ("options", "key"),
     [
         ({"objective": other_objective}, "objective"),
-        ({"sampler": backwards}, "sampler"),
-        ({"settings": {"checkpoint_every": 2, "threshold": 0.9}}, "judged.threshold"),
+        ({"sampler": backwards}, "data.order"),
+        ({"settings": {"threshold": 0.9}}, "judged.threshold"),
+        ({"test": data(7)}, "judged.data.test"),
     ],
 )
 def test_a_training_that_another_would_continue_is_refused(tmp_path, options, key):
-    trainer(tmp_path, settings={"checkpoint_every": 2}).train()
+    settings = {"checkpoint_every": 2, "evaluate_every": 2}
+    trainer(tmp_path, settings=settings).train()
+    options = options | {"settings": settings | options.get("settings", {})}
     with pytest.raises(RunFileError, match=key):
-        trainer(tmp_path, **{"settings": {"checkpoint_every": 2}, **options}).train(resume_from_checkpoint=True)
+        trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_how_a_training_is_judged_may_change_where_it_follows_no_evaluation(tmp_path):
+    trainer(tmp_path, settings={"checkpoint_every": 2}).train()
+    again = trainer(tmp_path, settings={"checkpoint_every": 2, "threshold": 0.9})
+    assert again.train(resume_from_checkpoint=True).steps == 3
 
 
 def test_an_accelerator_of_ones_own_must_do_what_is_asked_for(tmp_path, monkeypatch):

@@ -429,6 +429,7 @@ class TestBadInput:
             run(small(tmp_path / "runs"))
 
     def test_arms_that_the_method_does_not_have(self, tmp_path):
+        run(small(tmp_path, method={"name": "zero_shot"}, run={"arms": ["zero_shot"]}))
         with pytest.raises(ConfigError, match="nothing was run, because method zero_shot trains nothing"):
             run(small(tmp_path, method={"name": "zero_shot"}, run={"arms": ["evidence"]}))
 

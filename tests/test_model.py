@@ -4,6 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_heatmaps_are_those_of_the_tower(model, tmp_path):
     predicted = model.predict(paths).labels
     for labels in (predicted, predicted.numpy(), predicted.tolist()):
         torch.testing.assert_close(model.explain(paths), model.explain(images, labels))
-    for label in ("dog", 1):
+    for label in ("dog", 1, np.int64(1), torch.tensor(1)):
         torch.testing.assert_close(model.explain(images[1], label), found[1:2])
     assert not torch.allclose(model.explain(images, layers="all"), model.explain(images))
 

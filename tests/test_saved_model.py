@@ -1,6 +1,7 @@
 """A tuned model comes back from its folder as it was, or with one clear error."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -250,12 +251,17 @@ def test_where_the_new_model_cannot_take_its_place_the_old_one_stays(base, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
 @pytest.mark.parametrize("kind", ["lp", "lora on flcp"])
-def test_anyone_may_read_it(base, tmp_path, kind):
-    Tuned(base, kind).save(tmp_path / "model")
+def test_weights_may_be_read_by_whom_the_files_beside_them_may_be(base, tmp_path, kind, mask):
+    before = os.umask(mask)
+    try:
+        Tuned(base, kind).save(tmp_path / "model")
+    finally:
+        os.umask(before)
     files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in files)
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
 
 
 def own_prepare(encoder, class_names):

@@ -235,6 +235,10 @@ def test_a_function_that_gives_no_heatmaps_is_refused_and_named(change):
         (lambda features, labels: (features.sum(dim=1), None), r"a loss of shape \(6,\), not \(\)"),
         (lambda features, labels: (1.0, None), "a loss of type float"),
         (lambda features, labels: (features.sum(), features), "a score of type Tensor, not a function of features"),
+        (
+            lambda features, labels: (features.sum(), lambda f: f),
+            r"score is of shape \(6, \d+\) for 6 images, not \(6,\)",
+        ),
     ],
 )
 def test_an_objective_that_gives_no_loss_or_no_score_is_refused_and_named(objective, message):

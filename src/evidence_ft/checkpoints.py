@@ -66,6 +66,8 @@ class Checkpoint(NamedTuple):
 def write(directory: Path, step: int, state: Mapping[str, Any], tensors: Tensors, *, keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest ones. For one process only.
 
+    One of the same step stays as it is: a training comes through each step once, or repeats it bit for bit.
+
     Args:
         directory: of all checkpoints of a training.
         step: optimizer steps done; names the folder.
@@ -80,6 +82,8 @@ def write(directory: Path, step: int, state: Mapping[str, Any], tensors: Tensors
     for rubbish in directory.glob(".step-*"):
         shutil.rmtree(rubbish)
     target = directory / f"step-{step:08d}"
+    if target.exists():
+        return target
     temporary = directory / f".{target.name}.tmp"
     temporary.mkdir()
     for group, values in tensors.items():
@@ -91,18 +95,8 @@ def write(directory: Path, step: int, state: Mapping[str, Any], tensors: Tensors
     (temporary / _STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _to_disk(path)
-    replaced = directory / f".{target.name}.old"
-    if target.exists():
-        target.rename(replaced)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
+    temporary.rename(target)
     _to_disk(directory)
-    if replaced.exists():
-        shutil.rmtree(replaced)
     for old in all_in(directory)[:-keep]:
         _remove(old)
     return target

@@ -541,12 +541,11 @@ def _complaint(setting: FieldInfo, key: str, values: Sequence[str]) -> str | Non
 
 def _superfluous(word: str, arguments: Sequence[str], kind: type[BaseModel]) -> str:
     for flag, key, values in _flags(arguments):
-        if word in values:
-            section, _, name = flag.rpartition(".")
-            setting = _setting(kind, key)
-            takes = "it takes one"
-            if setting is not None and setting.annotation is bool:
-                takes = f"a switch takes none: {flag} or {section}.no-{name}"
+        section, _, name = flag.rpartition(".")
+        setting = _setting(kind, key)
+        is_switch = setting is not None and setting.annotation is bool
+        if word in values[0 if is_switch else 1 :]:
+            takes = f"a switch takes none: {flag} or {section}.no-{name}" if is_switch else "it takes one"
             return f"{word!r} after {flag} is one value too many; {takes}"
     return f"{word!r} is no flag; write --evidence.weight 0"
 

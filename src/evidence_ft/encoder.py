@@ -291,6 +291,8 @@ def context_in_place(embedding: nn.Embedding, start: int, context: Tensor) -> It
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, there whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     save_file(dict(tensors), temporary, metadata=None if metadata is None else dict(metadata))
-    temporary.chmod(0o644)  # safetensors leaves it to its owner alone, unlike the files beside it
+    temporary.chmod(mode)  # safetensors leaves it to its owner alone, unlike the files beside it
     temporary.replace(path)

@@ -90,21 +90,20 @@ def relevance_mass_accuracy(heatmaps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(has_evidence(masks), rma, torch.nan)
 
 
-def checked_heatmaps(heatmaps: object, images: int, grid: tuple[int, int]) -> Tensor:
+def checked_heatmaps(heatmaps: object, images: int, grid: tuple[int, int], *, finite: bool = True) -> Tensor:
     """What a heatmap function returned, if it can be one: anybody may have written it.
-
-    NaN passes: on an image without evidence it does no harm, and on others it is met where the loss or the rate is.
 
     Args:
         heatmaps: what was returned.
         images: how many were explained.
         grid: token grid ``(h, w)``.
+        finite: False where NaN and infinities are met elsewhere, with more to say about them.
 
     Returns:
         ``(images, h, w)``, non-negative.
 
     Raises:
-        HeatmapError: no tensor, another shape, or negative values.
+        HeatmapError: no tensor, another shape, or values that are negative or not finite.
 
     Example:
         >>> checked_heatmaps(torch.tensor([[[1.0, -1.0]]]), images=1, grid=(1, 2))  # doctest: +ELLIPSIS
@@ -116,6 +115,10 @@ def checked_heatmaps(heatmaps: object, images: int, grid: tuple[int, int]) -> Te
         found = f"shape {tuple(heatmaps.shape)}" if isinstance(heatmaps, Tensor) else f"type {type(heatmaps).__name__}"
         raise HeatmapError(
             f"the heatmap returned {found}; expected a tensor of shape {expected}: one map an image, on the token grid"
+        )
+    if finite and not heatmaps.isfinite().all():
+        raise HeatmapError(
+            "the heatmap returned NaN or infinite values; look whether it divides by zero, as by an empty map's sum"
         )
     if (heatmaps < 0).any():
         raise HeatmapError(

@@ -32,7 +32,7 @@ from evidence_ft.images import DataError
 from evidence_ft.installation import explained
 from evidence_ft.model import EvidenceModel
 from evidence_ft.outcomes import Outcomes, summarise
-from evidence_ft.samples import EvidenceDataset, OnBadSample, classes_without_images, validate
+from evidence_ft.samples import EvidenceDataset, OnBadSample, classes_without_images, fingerprint, validate
 from evidence_ft.saved_model import BaseModelRef, Prepare, save_model
 from evidence_ft.tower import check_tower, resolve_layers
 from evidence_ft.trainer import Fitted, Sampler, Trainer, TrainerCallback, check_precision
@@ -231,8 +231,7 @@ class EvidenceTrainer:
                 "method": self.method_config,
                 "base": self._start.sha256,
                 "objective": self._objective_name,
-                "sampler": None if self.sampler is None else name_of(self.sampler),
-                "judged": {"explain": args.explain, "threshold": args.threshold, "swap_seed": args.swap_seed},
+                "judged": self._judged_by() if args.evaluate_every else None,
             },
             panel=self._inputs(next(iter(self.eval_datasets.values()), dataset)),
             evaluate=(lambda: _joined(self._judge(self.eval_datasets))) if self.eval_datasets else None,
@@ -375,6 +374,16 @@ class EvidenceTrainer:
 
     def _inputs(self, dataset: EvidenceDataset) -> ModelInputs:
         return ModelInputs(dataset, SampleTransform(self.tuning.encoder.preprocessing), seed=0)
+
+    def _judged_by(self) -> dict[str, Any]:
+        """What evaluations depend on, which early stopping and the evidence weight may follow."""
+        args = self.args
+        return {
+            "explain": args.explain,
+            "threshold": args.threshold,
+            "swap_seed": args.swap_seed,
+            "data": {name: fingerprint(each) for name, each in self.eval_datasets.items()},
+        }
 
     def _judge(self, datasets: Mapping[str, EvidenceDataset]) -> dict[str, dict[str, float]]:
         return {name: summarise(self._outcomes(each, name), self.args.threshold) for name, each in datasets.items()}

@@ -141,11 +141,6 @@ def run(config: ExperimentConfig[Any, Any]) -> Path | None:
     directory = run_arms(config)
     if directory is not None:
         comparison = write_comparison(directory)
-        if not comparison.arms:
-            raise ConfigError(
-                f"run.arms = {named(config.run.arms)}: nothing was run, because method {config.method.name} trains "
-                "nothing; choose zero_shot or baseline, or another method"
-            )
         sys.stdout.write(f"\n{format_table(comparison)}\n")
     return directory
 
@@ -182,14 +177,22 @@ def _run_arms(config: ExperimentConfig[Any, Any]) -> Path | None:
     if accelerator.is_main_process:
         make_writable(directory)
     try:
-        for arm, resume in arms.items():
-            _run_arm(arm, config, splits, directory / arm, accelerator, resume=resume)
+        ran = [
+            arm
+            for arm, resume in arms.items()
+            if _run_arm(arm, config, splits, directory / arm, accelerator, resume=resume)
+        ]
     except Interrupted as interrupted:
         if accelerator.is_main_process:
             _log.warning("%s; the same command with --run.resume continues", interrupted)
         raise
     finally:
         accelerator.end_training()
+    if arms and not ran:
+        raise ConfigError(
+            f"run.arms = {named(config.run.arms)}: nothing was run, because method {config.method.name} trains "
+            "nothing; choose zero_shot or baseline, or another method"
+        )
     return directory if accelerator.is_main_process else None
 
 
@@ -443,7 +446,8 @@ def _run_arm(
     accelerator: Accelerator,
     *,
     resume: bool,
-) -> None:
+) -> bool:
+    """Run one arm, if the method has it; whether it has."""
     config = arm_config(config, arm)
     set_seed(config.run.seed)
     encoder = _load_encoder(config)
@@ -454,7 +458,7 @@ def _run_arm(
     if not tuning.trains and arm not in ("zero_shot", "baseline"):
         if accelerator.is_main_process:
             _log.warning("%s: skipped, because method %s trains nothing", arm, config.method.name)
-        return
+        return False
     if tuning.trains:
         config.training.check_fits(splits[config.data.train_split].record.n, accelerator.num_processes)
     if not resume:
@@ -489,7 +493,7 @@ def _run_arm(
             stored[split] = StoredFile.of(path, directory)
             _write_gallery(classifier, encoder, config, dataset, directory, split)
     if not accelerator.is_main_process:
-        return
+        return True
     RunRecord(
         arm=arm,
         name=config.run.name,
@@ -504,6 +508,7 @@ def _run_arm(
     ).write(directory)
     if config.training.checkpoint_every is None:
         checkpoints.remove_all(directory / "checkpoints")  # the one of the end; the weights are in model
+    return True
 
 
 def _check_layers(config: ExperimentConfig[Any, Any], encoder: Encoder) -> None:

@@ -58,10 +58,15 @@ def check_can_be_made(directory: Path) -> None:
     Raises:
         RunFileError: a file is in the way, or the folder it would be made in cannot be written to.
     """
-    nearest = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        found = "may not be written to" if nearest.is_dir() else "is a file"
-        raise RunFileError(f"{directory} cannot be written to: {nearest} {found}; choose another folder")
+    try:
+        nearest = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+        found = None if nearest.is_dir() else f"{nearest} is a file"
+        if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+            found = f"{nearest} may not be written to"
+    except OSError as error:  # a folder that may not even be looked into
+        found = str(error)
+    if found:
+        raise RunFileError(f"{directory} cannot be written to: {found}; choose another folder")
 
 
 def without_nan(value: Any) -> Any:

@@ -24,7 +24,7 @@ from evidence_ft.files import named, write_atomically
 from evidence_ft.images import DataError, read_image
 from evidence_ft.model_card import model_card
 from evidence_ft.samples import Sample
-from evidence_ft.saved_model import BaseModelRef, Manifest, Prepare, load_tuning, save_model, whole_folder
+from evidence_ft.saved_model import BaseModelRef, Manifest, Prepare, load_tuning, put_back, save_model, whole_folder
 from evidence_ft.tower import Layers
 from evidence_ft.transforms import SampleTransform
 from evidence_ft.types import Preprocessing
@@ -245,7 +245,8 @@ class EvidenceModel:
             FileExistsError: the folder is not empty. An export replaces nothing, not even an earlier one: it has no
                 record of which files are its own.
         """
-        directory = Path(directory).expanduser()
+        directory = Path(directory).expanduser().resolve()
+        put_back(directory)
         if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
             raise FileExistsError(
                 f"{directory} is not empty, and an export replaces nothing; choose another folder, or remove this one"
@@ -318,11 +319,12 @@ class EvidenceModel:
             yield torch.stack([transform(sample)[0] for sample in samples]).to(device)
 
     def _rows_of(self, labels: int | str | Sequence[int | str] | Tensor, images: int) -> Tensor:
-        if isinstance(labels, int | str):
-            labels = [labels]
-        if len(labels) != images:
-            raise ValueError(f"found {len(labels)} labels for {images} images; give one for each")
-        values = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
+        values: Any = labels.tolist() if isinstance(labels, Tensor | np.ndarray | np.generic) else labels
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            values = [values]
+        if len(values) != images:
+            raise ValueError(f"found {len(values)} labels for {images} images; give one for each")
+        values = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
         rows = [self.class_names.index(value) if value in self.class_names else value for value in values]
         for row in rows:
             if not isinstance(row, int) or not 0 <= row < len(self.class_names):

@@ -243,6 +243,7 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         FileExistsError: ``directory`` holds something that no earlier `save_model` wrote.
     """
     directory = directory.expanduser().resolve()
+    put_back(directory)
     foreign = _foreign_files(directory) if directory.is_dir() else []
     if foreign or directory.is_file():
         raise FileExistsError(
@@ -250,12 +251,9 @@ def whole_folder(directory: Path) -> Iterator[Path]:
             "which would be lost; choose another folder, or empty this one"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
-    # Left by a process that was killed while it wrote; between its two renames, the old model is all there is.
-    shutil.rmtree(temporary, ignore_errors=True)
-    if replaced.exists() and not directory.exists():
-        replaced.replace(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+    temporary, replaced = _hidden(directory)
+    for left in (temporary, replaced):  # by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -263,13 +261,24 @@ def whole_folder(directory: Path) -> Iterator[Path]:
             directory.replace(replaced)
         try:
             temporary.replace(directory)
-        except OSError:
-            if replaced.exists():
-                replaced.replace(directory)
+        except BaseException:
+            put_back(directory)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_back(directory: Path) -> None:
+    """Give a folder its name back if a process was killed just as it was being replaced, and it is all there is."""
+    replaced = _hidden(directory)[1]
+    if replaced.exists() and not directory.exists():
+        replaced.replace(directory)
+
+
+def _hidden(directory: Path) -> tuple[Path, Path]:
+    """What is being written in a folder's place, and what it replaces."""
+    return directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
 
 
 def _foreign_files(directory: Path) -> list[str]:

@@ -6,6 +6,7 @@ the checkpoint. What is measured along the way (evaluation, the watched panel, p
 learnt.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -31,7 +32,7 @@ from evidence_ft.checkpoints import Checkpoint, RandomState, ResumeError
 from evidence_ft.distributed import gather, laid_out_like, shard, unshard, unsharded, whole
 from evidence_ft.evaluation import choose_panel, explain_panel
 from evidence_ft.evidence import is_empty, mask_to_grid, relevance_mass_accuracy
-from evidence_ft.files import make_writable, named, without_nan
+from evidence_ft.files import check_can_be_made, make_writable, named, without_nan
 from evidence_ft.interruption import Interrupted, noted_signals, outlive_one_signal
 from evidence_ft.outcomes import Gallery
 from evidence_ft.runs import METRICS_FILE
@@ -205,6 +206,7 @@ class _Progress:
     recent_task_losses: list[float] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    probed: bool = False
 
 
 class _Measured(NamedTuple):
@@ -318,6 +320,7 @@ class _Run:
             if resume:
                 raise TrainingError("there is nothing to resume from: the trainer has no directory")
             return
+        check_can_be_made(self.directory)
         self.settings = self._settings(settings)
         checkpoint = checkpoints.read(resume) if isinstance(resume, Path) else None
         found = checkpoints.all_in(self.checkpoints) if self.checkpoints.is_dir() else []
@@ -333,6 +336,7 @@ class _Run:
         if checkpoint is not None:
             checkpoints.check_settings(checkpoint.path, checkpoint.state["settings"], self.settings)
             self._restore(checkpoint)
+            self.saved = checkpoint.path
         elif self.metrics.exists():
             self._check_that_it_is_ours()
         self.accelerator.wait_for_everyone()  # all have read before the first one writes
@@ -367,14 +371,9 @@ class _Run:
         self.wrapped.eval()
         progress = self.progress
         self._note_time()
-        if (
-            self.weight.start
-            and progress.annotated
-            and progress.first_probe is None
-            and self.accelerator.is_main_process
-        ):
+        if progress.probed and progress.first_probe is None and self.accelerator.is_main_process:
             _log.warning(
-                "the evidence loss had no gradient at any step: as it stands, there is nothing to align. Look whether "
+                "the evidence loss had no gradient whenever it was looked at: there is nothing to align. Look whether "
                 "masks cover whole images, or are inverted"
             )
         first = None if progress.first_probe is None else GradientProbe(*progress.first_probe)
@@ -593,6 +592,7 @@ class _Run:
     def probe(self, batch: Batch) -> GradientProbe:
         """Measure both gradients, tell the weight, and give the measurement at the weight of this step."""
         progress, nominal = self.progress, self.weight.state.value
+        progress.probed = True
         with self.accelerator.autocast(), unsharded(self.step):
             found = probe_gradients(
                 self.step,
@@ -824,11 +824,16 @@ class _Run:
                     "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
                     "preprocessing": transform.preprocessing._asdict(),
                     "rows": self.rows,
+                    "order": _hash_of_rows(self._rows_of(0), self._rows_of(self.config.epochs - 1)),
                 },
                 "weights": {"trained": sorted(self.trained), "frozen_sha256": checkpoints.hash_of(frozen)},
             }
         )
         return checkpoints.flattened(others) | ours
+
+
+def _hash_of_rows(*orders: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(map(int, rows)) for rows in orders]).encode()).hexdigest()
 
 
 _FLAT_STEPS = 100

@@ -116,7 +116,17 @@ class TrainingStep(nn.Module):
                 f"the objective returned a score of type {type(score).__name__}, not a function of features (B, F) to "
                 "one number an image (B,)"
             )
-        return task, score
+
+        def one_each(features: Tensor) -> Tensor:
+            values = score(features)
+            if not isinstance(values, Tensor) or values.shape != (len(features),):
+                raise TrainingError(
+                    f"the objective's score is of {_kind_of(values)} for {len(features)} images, not "
+                    f"({len(features)},): one number an image, what is explained"
+                )
+            return values
+
+        return task, one_each
 
     def _evidence(self, trace: VisionTrace, score: ScoreFn, masks: Tensor, weight: float) -> tuple[Tensor, ...]:
         """The alignment loss ``()`` over the annotated images of all processes; RMA and emptiness ``(b,)``."""
@@ -124,7 +134,7 @@ class TrainingStep(nn.Module):
         with torch.autocast(masks.device.type, enabled=False):
             with inner_gradient(self):
                 found = self.evidence.heatmap(trace, score, create_graph=weight > 0)
-            heatmaps = checked_heatmaps(found, len(masks), trace.grid)
+            heatmaps = checked_heatmaps(found, len(masks), trace.grid, finite=False)
             on_grid = mask_to_grid(masks, trace.grid)
             per_image = self.evidence.alignment(heatmaps, on_grid)
             if not isinstance(per_image, Tensor) or per_image.shape != (len(masks),):

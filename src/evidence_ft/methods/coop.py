@@ -26,7 +26,7 @@ from evidence_ft.objectives import cross_entropy
 from evidence_ft.prompts import Templates, fill
 from evidence_ft.types import ScoreFn, at_least_float32
 
-STD, RANDOM_LENGTH = 0.02, 16
+STD, LENGTH = 0.02, 16
 """Of a random context, as published."""
 
 
@@ -41,8 +41,8 @@ class Config(BaseModel):
         description="one template: the context starts from what stands before {}; what stands after it stays",
     )
     init: Literal["text", "random"] = Field("text", description="start the context from the template or at random")
-    context_length: int | None = Field(
-        None, gt=0, description="words of a random context, 16 by default; one from text is as long as its text"
+    context_length: int = Field(
+        LENGTH, gt=0, description="words of a random context; one from text is as long as its text"
     )
     class_specific: bool = Field(False, description="a context for each class instead of one for all")
 
@@ -50,7 +50,7 @@ class Config(BaseModel):
     def _one_start(self) -> "Config":
         if len(self.templates) != 1:
             raise ValueError(f"templates: found {len(self.templates)}, but one prompt is learned; give one template")
-        if self.init == "text" and self.context_length is not None:
+        if self.init == "text" and self.context_length != LENGTH:
             raise ValueError(
                 f"context_length is {self.context_length}, but a context from text is as long as its text; leave it "
                 "out, or set init to 'random'"
@@ -103,6 +103,6 @@ def _start(encoder: DualEncoder, text: str, classes: int, config: Config) -> Ten
     if config.init == "text":
         words = at_least_float32(encoder.embed_words(text))
         return words.repeat(classes, 1, 1) if config.class_specific else words.clone()
-    shape = (config.context_length or RANDOM_LENGTH, encoder.text_width)
+    shape = (config.context_length, encoder.text_width)
     noise = torch.randn(classes, *shape) if config.class_specific else torch.randn(shape)
     return at_least_float32((STD * noise).to(encoder.logit_scale))
