@@ -218,6 +218,7 @@ def test_a_save_that_fails_leaves_the_earlier_model_alone(base, tmp_path, monkey
 
 
 def test_what_a_killed_process_left_is_cleared_away(base, tmp_path):
+    Tuned(base, "lp").save(tmp_path / "model")
     for left in (".model.new", ".model.old"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "half").write_text("{")
