@@ -458,7 +458,7 @@ def test_a_loss_that_never_pulled_is_told(caplog):
         return 0 * relevance_mass_accuracy(heatmaps, masks)
 
     fit(make_step(alignment=met))
-    assert "had no gradient at any step" in caplog.text
+    assert "had no gradient whenever it was looked at" in caplog.text
     caplog.clear()
     fit(make_step())
     assert "had no gradient" not in caplog.text

@@ -153,7 +153,7 @@ class Trainer:
         tower = step.encoder.image_tower
         try:
             tower.set_checkpointing(self.config.gradient_checkpointing)
-            run = _Run(self, step, inputs, seed, panel, evaluate, sampler or shuffled(len(inputs), seed))
+            run = _Run(self, step, inputs, seed, panel, evaluate, sampler)
             run.begin(resume, settings or {})
             with noted_signals() as asked_to_stop:
                 run.train(description, asked_to_stop)
@@ -230,12 +230,13 @@ class _Run:
         seed: int,
         panel: ModelInputs | None,
         evaluate: Evaluate | None,
-        sampler: Sampler,
+        sampler: Sampler | None,
     ) -> None:
         config, accelerator = trainer.config, trainer.accelerator
         self.config, self.accelerator = config, accelerator
         self.directory, self.callbacks = trainer.directory, trainer.callbacks
-        self.step, self.inputs, self.seed, self.sampler, self.evaluate = step, inputs, seed, sampler, evaluate
+        self.step, self.inputs, self.seed, self.evaluate = step, inputs, seed, evaluate
+        self.sampler, self.order_is_own = sampler or shuffled(len(inputs), seed), sampler is not None
         self.check()
         self.rows_per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
         self.rows = len(self._rows_of(0))
@@ -296,6 +297,11 @@ class _Run:
                 f"expected rows from 0 to {images - 1}"
             )
         return rows
+
+    def _hash_of_order(self) -> str:
+        """What tells a sampler from another: a function has no name that would."""
+        orders = [[int(row) for row in self._rows_of(epoch)] for epoch in (0, self.config.epochs - 1)]
+        return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
     def _choose_panel(self, panel: ModelInputs | None) -> tuple[ModelInputs, list[int]] | None:
         if not self.config.watch_every:
@@ -824,16 +830,12 @@ class _Run:
                     "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
                     "preprocessing": transform.preprocessing._asdict(),
                     "rows": self.rows,
-                    "order": _hash_of_rows(self._rows_of(0), self._rows_of(self.config.epochs - 1)),
+                    "order": self._hash_of_order() if self.order_is_own else None,
                 },
                 "weights": {"trained": sorted(self.trained), "frozen_sha256": checkpoints.hash_of(frozen)},
             }
         )
         return checkpoints.flattened(others) | ours
-
-
-def _hash_of_rows(*orders: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps([list(map(int, rows)) for rows in orders]).encode()).hexdigest()
 
 
 _FLAT_STEPS = 100
