@@ -1,6 +1,6 @@
 """Every method, with and without evidence alignment, in one table.
 
-    python recipes/methods_on_shapes.py --workers 2                         # everything: more than an hour on two cores
+    python recipes/methods_on_shapes.py --workers 2                         # everything: 1.5 hours on two cores
     python recipes/methods_on_shapes.py --methods flcp lora --seeds 0
     python recipes/methods_on_shapes.py --report-only                       # the table again, from what was run
     python recipes/methods_on_shapes.py --config configs/white_blood_cells.yaml --seeds 0 \

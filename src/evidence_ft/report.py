@@ -120,8 +120,8 @@ def compare(directory: Path, arms: Sequence[str] | None = None) -> Comparison:
         paired bootstrap of the test images; they say nothing of other training seeds.
 
     Raises:
-        ValueError: arms were not judged on the same images in the same way; the first few ids or the keys are
-            named. Or a file is missing or broken; `evidence_ft.files.RunFileError` names it.
+        RunFileError: arms were not judged on the same images in the same way; the first few ids or the keys are
+            named. Or a file is missing or broken, and named.
     """
     names = _finished(directory) if arms is None else list(arms)
     if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -171,7 +171,7 @@ def write_comparison(directory: Path, arms: Sequence[str] | None = None) -> Comp
         What was written.
 
     Raises:
-        ValueError: as `compare`; nothing is written then.
+        RunFileError: as `compare`; nothing is written then.
     """
     comparison = compare(directory, arms)
     contents = {"json": comparison.to_json(), "md": format_markdown(comparison), "html": format_html(comparison)}

@@ -147,6 +147,7 @@ class Trainer:
         Raises:
             InertEvidenceError: the evidence loss does not reach the trained parameters.
             TrainingError: fewer images than a step takes, or a loss that is not finite.
+            HeatmapError: the heatmap function returned something that is no heatmap.
             RunFileError: the directory holds another training, or one that cannot be resumed.
             Interrupted: SIGTERM or Ctrl-C.
         """
